@@ -1,0 +1,139 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uni_x.data.pictures import open_picture
+from uni_x.data.readers import read_picture_folder
+from uni_x.data.schema import Rejection
+from uni_x.errors import DataError
+
+
+def to_bytes(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+GREY_16_BIT = Image.fromarray(np.full((4, 6), 40_000, dtype=np.uint16))
+FRAMES = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+
+
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    [
+        (to_bytes(Image.new("CMYK", (6, 4)), "JPEG"), "CMYK"),
+        (to_bytes(GREY_16_BIT), "I;16"),
+        (to_bytes(Image.new("P", (6, 4)), transparency=0), "P"),
+        (to_bytes(Image.new("LA", (6, 4))), "LA"),
+        (to_bytes(Image.new("1", (6, 4)), "BMP"), "1"),
+        (to_bytes(Image.new("RGBA", (6, 4)), "WEBP"), "RGBA"),
+        (to_bytes(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "P"),
+    ],
+)
+def test_unusual_pictures_are_read_and_encoded(content, mode, image_tokenizer):
+    image = open_picture(content)
+    assert (image.mode, image.size) == (mode, (6, 4))
+    assert image_tokenizer.encode([image]).shape == (1, 2, 2)
+
+
+def test_animations_give_their_first_frame():
+    content = to_bytes(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:])
+    assert open_picture(content).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    assert open_picture(to_bytes(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (4, 6)
+
+
+def test_the_content_tells_the_format(tmp_path):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(to_bytes(Image.new("RGB", (6, 4)), "PNG"))
+    assert open_picture(path).size == (6, 4)
+
+
+def truncated():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = to_bytes(Image.fromarray(noise), "JPEG")
+    return content[: len(content) // 2]
+
+
+def corrupt():
+    content = bytearray(to_bytes(Image.new("RGB", (64, 64), "red")))
+    content[45:60] = bytes(15)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (truncated(), "cannot be read .*truncated"),
+        (corrupt(), "cannot be read"),
+        (b"<html>not found</html>", "no picture that Pillow can read"),
+        (b"", "no picture that Pillow can read"),
+        (to_bytes(Image.new("F", (6, 4)), "TIFF"), "floating-point pixels"),
+    ],
+)
+def test_bad_pictures_are_refused_with_a_reason(content, reason):
+    with pytest.raises(DataError, match=reason):
+        open_picture(content)
+
+
+@pytest.mark.parametrize("side", [101, 200])  # Pillow itself only warns up to twice its limit
+def test_decompression_bombs_are_refused(side, monkeypatch, recwarn):
+    content = to_bytes(Image.new("1", (side, side)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(DataError, match="more than 10,000 pixels"):
+        open_picture(content)
+    assert not recwarn.list
+
+
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read \(No such file"):
+        open_picture(tmp_path / "gone.png")
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(picture_folder):
+    (picture_folder / "notes.md").write_text("no picture")
+    (picture_folder / "._00.png").write_bytes(b"litter")
+    rows = list(read_picture_folder(picture_folder))
+    assert [row.id for row in rows] == [f"{number:02d}.png" for number in range(18)] + ["more/18.png", "more/19.png"]
+    assert rows[0].caption == "picture number 0"
+    assert rows[0].images == (picture_folder / "00.png",)
+    assert rows[0].source == "pictures"
+    assert [row.id for row in rows if isinstance(row, Rejection)] == ["06.png", "13.png"]
+
+
+def test_captions_that_are_missing_empty_or_not_text_are_told(tmp_path):
+    for name, caption in {"a": None, "b": b" \n", "c": b"\xff\xfe\xfa", "d": "\ufeffé".encode()}.items():
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        if caption is not None:
+            (tmp_path / f"{name}.txt").write_bytes(caption)
+    *rejected, good = read_picture_folder(tmp_path, source="mine")
+    assert [row.reason for row in rejected] == [
+        "the caption is missing: a.txt",
+        "the caption is empty: b.txt",
+        "the caption is not valid UTF-8: c.txt",
+    ]
+    assert (good.caption, good.source) == ("é", "mine")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are Unicode elsewhere")
+def test_file_names_need_not_be_unicode(tmp_path):
+    try:
+        Image.new("RGB", (4, 4)).save(tmp_path / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    (row,) = read_picture_folder(tmp_path)
+    assert row.id == "caf\\udce9.png"
+
+
+def test_folders_without_pictures_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no pictures in it"):
+        read_picture_folder(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        read_picture_folder(tmp_path / "nowhere")

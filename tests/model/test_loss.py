@@ -1,0 +1,88 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tests.model.conftest import CODES, TEXT
+from uni_x.model import UniXForCausalLM, loss
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+MakeModel = Callable[..., UniXForCausalLM]
+
+
+def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100  # nothing predicts the first token of a row
+    return labels
+
+
+def gradients(model: UniXForCausalLM, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26])
+@pytest.mark.parametrize("head", ["full", "by_modality"])
+def test_chunks_give_the_loss_and_gradients_of_plain_cross_entropy(
+    make_model: MakeModel, mixed: Batch, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, head: str
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
+    model = make_model(
+        preset="uni-x",
+        preset_arguments={"first": 1, "last": 1},
+        head=head,
+        text_loss_weight=1.5,
+        image_loss_weight=0.5,
+        z_loss=0.01,
+    ).train()
+    ids, mask = mixed
+    labels = labels_of(ids, mask)
+    output = model(ids, mask, labels=labels)
+
+    targets = labels[:, 1:]
+    logits, targets = model(ids, mask).logits[:, :-1][targets != -100], targets[targets != -100]
+    is_code = (targets >= TEXT) & (targets < TEXT + CODES)
+    total, sums = torch.zeros(()), {}
+    for name, chosen, weight, (first, last) in (
+        ("text", ~is_code, 1.5, (0, TEXT)),
+        ("image", is_code, 0.5, (TEXT, TEXT + CODES)),
+    ):
+        first, last = (first, last) if head == "by_modality" else (0, model.config.vocab_size)
+        part = logits[chosen][:, first:last]
+        sums[name] = cross_entropy(part, targets[chosen] - first, reduction="sum")
+        total = total + weight * (sums[name] + 0.01 * part.logsumexp(-1).square().sum())
+    expected = total / len(targets)
+
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.loss_text, sums["text"])
+    torch.testing.assert_close(output.loss_image, sums["image"])
+    assert (output.targets_text, output.targets_image) == (int((~is_code).sum()), int(is_code.sum()))
+    ours, plain = gradients(model, output.loss), gradients(model, expected)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_divisor_can_be_the_count_of_all_ranks(make_model: MakeModel, mixed: Batch) -> None:
+    model, (ids, mask) = make_model().train(), mixed
+    labels = labels_of(ids, mask)
+    plain, divided = model(ids, mask, labels=labels), model(ids, mask, labels=labels, num_items_in_batch=7)
+    count = plain.targets_text + plain.targets_image
+    torch.testing.assert_close(divided.loss * 7, plain.loss * count)
+
+
+def test_no_target_at_all_is_a_loss_of_zero(make_model: MakeModel) -> None:
+    model = make_model().train()
+    output = model(torch.tensor([[1, 2, TEXT]]), labels=torch.full((1, 3), -100))
+    output.loss.backward()
+    assert output.loss == 0
+    assert all(not weight.grad.any() for weight in model.parameters())
+
+
+def test_a_range_of_the_vocabulary_is_a_part_of_all_logits(make_model: MakeModel, mixed: Batch) -> None:
+    model = make_model()
+    with torch.no_grad():
+        part = model(*mixed, vocabulary_range=(TEXT, TEXT + CODES), logits_to_keep=2).logits
+        full = model(*mixed).logits
+    torch.testing.assert_close(part, full[:, -2:, TEXT : TEXT + CODES])

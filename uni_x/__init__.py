@@ -1,0 +1,1 @@
+"""Uni-X: unified multimodal language models that write, look and draw."""

@@ -1,0 +1,1 @@
+"""Measurements and pictures of models: what goes on inside them, and how their training went."""

@@ -1,0 +1,221 @@
+"""The command `uni-x`. Nothing heavy is imported until a verb is chosen."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from uni_x.errors import UniXError, UsageError
+
+app = typer.Typer(
+    name="uni-x",
+    help="Unified multimodal language models: one transformer that writes, looks and draws.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(help="Image tokenizers.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key=value or section.key=value.")]
+Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
+
+STOPPED = 130  # exit code of a command that Ctrl-C ended
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Every stage, in a minute, with next to no training.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/quickstart]")] = None,
+) -> None:
+    """Trains a small Uni-X on pictures of a small world, and shows it drawing, looking and answering."""
+    from uni_x.workflows.quickstart import load_quickstart_recipe, quickstart
+
+    folder = out or Path("runs/quickstart-smoke" if smoke else "runs/quickstart")
+    with _progress() as progress:
+        run, finished_before = quickstart(load_quickstart_recipe(smoke, overrides or []), folder, progress)
+    if finished_before:
+        typer.echo(f"This run is finished already. Delete {run.path} to start again.")
+    scores = run.read_results()["scores"]
+    typer.echo(
+        f"drawing {scores['drawing']:.2f}  yes/no {scores['yes_no']:.2f}  "
+        f"multiple choice {scores['multiple_choice']:.2f}"
+    )
+    typer.echo(f"Report: {run.report_file}")
+    typer.echo(f'Draw:   uni-x generate {run.path / "model"} "a red heart left of a car"')
+
+
+@app.command()
+def encode(
+    source: Annotated[str, typer.Argument(help="A folder of pictures with captions in .txt files, or `openmoji`.")],
+    image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or `scenes`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
+) -> None:
+    """Turns pictures into image codes, once, on disk."""
+    from uni_x.workflows.sources import encode_source
+
+    with _progress() as progress:
+        summary = encode_source(source, image_tokenizer, out, progress)
+    typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
+    if summary.rejected:
+        typer.echo(f"Why: {out / 'rejects.jsonl'}")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tokenizer and its figures.")] = Path("runs/tokenizer"),
+) -> None:
+    """Trains an image tokenizer on a folder of pictures, or on the scenes."""
+    from uni_x.recipe import TokenizerRecipe, load_recipe
+    from uni_x.workflows.tokenizer import train_tokenizer_from
+
+    checked = load_recipe(recipe, TokenizerRecipe, overrides)
+    with _progress() as progress:
+        result = train_tokenizer_from(checked, out, progress)
+    if result.already_done:
+        typer.echo("This run is finished already; give another folder (--out) to train again.")
+    quality = result.results["quality"]
+    typer.echo(f"PSNR {quality['psnr_db']} dB  SSIM {quality['ssim']}  codes used {quality['codebook']['used']}")
+    typer.echo(f"Originals above reconstructions: {result.folder / 'reconstructions.png'}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+) -> None:
+    """Trains a model on encoded data, and goes on where an earlier call stopped."""
+    from uni_x.recipe import TrainRecipe, load_recipe
+
+    checked = load_recipe(recipe, TrainRecipe, overrides)
+    from uni_x.train.run import train
+    from uni_x.workflows.quickstart import losses_in_words
+
+    with _progress() as progress:
+        trained = train(checked, lambda done, total, losses: progress("train", done, total, losses_in_words(losses)))
+    if trained.already_done:
+        typer.echo("This run is finished already; give another run folder (run=…) to train again.")
+    typer.echo(f"Model: {trained.model_dir}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw; a question or text with --image or --text.")],
+    image: Annotated[Path | None, typer.Option(help="A picture to ask about.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Go on with the prompt as text.")] = False,
+    out: Annotated[Path, typer.Option(help="File for the drawing; number n gets -n.")] = Path("drawing.png"),
+    number: Annotated[int, typer.Option(min=1, max=64, help="How many drawings.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first drawing.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="[default: the model's for pictures, 0 for text]")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="[default: the model's]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For text.")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Draws a prompt, answers a question about a picture, or goes on with a text."""
+    from uni_x.workflows.generate import answer, continue_text, draw
+
+    if image is not None:
+        typer.echo(answer(model, prompt, image, max_new_tokens, temperature, seed, device))
+    elif text:
+        typer.echo(continue_text(model, prompt, max_new_tokens, temperature, seed, device))
+    else:
+        for file in draw(model, prompt, out, number, seed, temperature, guidance_scale, device):
+            typer.echo(str(file))
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A model folder, or a training recipe.")],
+) -> None:
+    """Shows a model's plan, layer by layer, and its parameters."""
+    from uni_x.workflows.info import describe
+
+    for line in describe(path):
+        typer.echo(line)
+
+
+@app.command()
+def env() -> None:
+    """Prints versions, devices and dtypes, for a bug report."""
+    from uni_x.workflows.info import environment
+
+    for name, value in environment().items():
+        typer.echo(f"{name}: {value}")
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one line and exit code 1 (2 for wrong usage), never a traceback."""
+    _settle_libraries()
+    try:
+        app(standalone_mode=True)
+    except UniXError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again to go on.", err=True)
+        sys.exit(STOPPED)
+
+
+def _settle_libraries() -> None:
+    """What libraries read once, when they are loaded."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # threads of an operator that is done wait a moment and then sleep: spinning, which is the default, makes two
+    # threads five times slower than one as soon as anything else runs on the machine
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A progress line a stage, with rate and time left; on a terminal only, otherwise a line now and then."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[word]}"),
+        console=console,
+    )
+    tasks: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int, word: str = "") -> None:
+        if stage not in tasks:
+            if not console.is_terminal:
+                console.print(f"{stage} …", highlight=False)
+            tasks[stage] = bars.add_task(stage, total=total, word=word, rate="")
+        task = bars.tasks[list(tasks).index(stage)]
+        speed = f"{task.speed:.1f}/s" if task.speed else ""
+        bars.update(tasks[stage], completed=done, total=total, word=word, rate=speed)
+
+    if not console.is_terminal:
+        bars.disable = True
+    with bars:
+        yield report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Opens a picture of any kind that Pillow reads, or says in one line why it cannot be used."""
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from uni_x.data.schema import Picture
+from uni_x.errors import DataError
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Decodes a picture and turns it upright by its EXIF orientation; its mode is left as it is.
+
+    Of an animation the first frame is taken. The format is told from the content, not from the file's name.
+    Raises `DataError` with the reason for what is truncated, corrupt, no picture, of floating-point pixels (whose
+    range is unknown), or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        image = picture if isinstance(picture, Image.Image) else _decode(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"the picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise DataError("the file is no picture that Pillow can read") from None
+    # Pillow's plugins raise nearly anything on corrupt data: struct.error, zlib.error, SyntaxError, IndexError ...
+    except Exception as error:
+        detail = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the picture cannot be read ({detail})") from None
+    if image.mode == "F":
+        raise DataError("the picture has floating-point pixels, whose range is unknown")
+    return image
+
+
+def _decode(picture: bytes | Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow only warns up to twice its limit.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)

@@ -1,0 +1,155 @@
+"""What travels through the data layer: source rows, samples, and the rules that both obey.
+
+A sample holds exactly one kind of content. A *caption* goes with one picture. *Messages* are a conversation, and
+*text* is a document; both mark the place of each picture with `<image>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from uni_x.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_PLACEHOLDER = "<image>"
+ROLES = ("system", "user", "assistant")
+CONTENT_FIELDS = ("caption", "messages", "text")
+
+Picture: TypeAlias = "Image.Image | bytes | Path"
+"""A picture before encoding: decoded, the bytes of an image file, or the path of one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodeGrid:
+    """The codes of one image in reading order: `height * width` of them, uint16 or uint32, counted from 0.
+
+    `height` and `width` are those of the grid in codes; the pixel sizes are those of the picture it was made from.
+    """
+
+    codes: np.ndarray  # (height * width,)
+    height: int
+    width: int
+    pixel_height: int | None = None
+    pixel_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `content` marks the place of each image with `<image>`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One training sample with its images as codes."""
+
+    id: str
+    images: tuple[CodeGrid, ...] = ()
+    caption: str | None = None
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceRow:
+    """What a reader gives: a sample whose pictures are not encoded yet."""
+
+    id: str
+    images: tuple[Picture, ...] = ()
+    caption: str | None = None
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A row that cannot be used, and why. Readers give it in the row's place, so that nothing disappears silently."""
+
+    id: str
+    reason: str
+
+
+def check_content(row: Sample | SourceRow) -> None:
+    """Checks the content of a row against its number of images.
+
+    Raises `DataError`, which names the id and the field.
+    """
+    kinds = [name for name in CONTENT_FIELDS if getattr(row, name) is not None]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none"
+        raise DataError(f"sample {row.id!r}: exactly one of caption, messages and text must be given, found {found}")
+    for field, text in (("id", row.id), *_texts(row)):
+        _check_text(row.id, field, text)
+    if row.messages is not None:
+        _check_messages(row.id, row.messages)
+    _check_placeholders(row)
+
+
+def check_sample(sample: Sample, codebook_size: int) -> None:
+    """Checks a sample's content and codes: their number, type and range, which is `0 .. codebook_size - 1`.
+
+    Raises `DataError`, which names the id and the field.
+    """
+    check_content(sample)
+    for number, grid in enumerate(sample.images):
+        where = f"sample {sample.id!r}, images[{number}].codes"
+        if grid.codes.ndim != 1 or grid.codes.dtype not in (np.uint16, np.uint32):
+            found = f"{grid.codes.dtype} of shape {grid.codes.shape}"
+            raise DataError(f"{where}: one row of uint16 or uint32 is needed, not {found}")
+        if grid.height < 1 or grid.width < 1 or len(grid.codes) != grid.height * grid.width:
+            raise DataError(f"{where}: {len(grid.codes)} codes do not fill a grid of {grid.height} x {grid.width}")
+        if grid.codes.max() >= codebook_size:
+            raise DataError(f"{where}: code {grid.codes.max()} is not in a codebook of {codebook_size}")
+
+
+def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
+    if row.caption is not None:
+        yield "caption", row.caption
+    if row.text is not None:
+        yield "text", row.text
+    for number, message in enumerate(row.messages or ()):
+        yield f"messages[{number}].content", message.content
+
+
+def _check_text(row_id: str, field: str, text: str) -> None:
+    if not text.strip():
+        raise DataError(f"sample {row_id!r}, {field}: it is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"sample {row_id!r}, {field}: it is not valid Unicode (a lone surrogate)") from None
+
+
+def _check_messages(row_id: str, messages: tuple[Message, ...]) -> None:
+    for number, message in enumerate(messages):
+        if message.role not in ROLES:
+            known = ", ".join(ROLES)
+            raise DataError(f"sample {row_id!r}, messages[{number}].role: {message.role!r} is none of {known}")
+    if not messages or messages[-1].role != "assistant":
+        raise DataError(f"sample {row_id!r}, messages: a conversation must end with the assistant's turn")
+
+
+def _check_placeholders(row: Sample | SourceRow) -> None:
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for _, text in _texts(row))
+    images = len(row.images)
+    if row.caption is not None:
+        if images != 1:
+            raise DataError(f"sample {row.id!r}, images: a caption goes with exactly one image, found {images}")
+        if placeholders:
+            raise DataError(f"sample {row.id!r}, caption: a caption holds no {IMAGE_PLACEHOLDER}; use messages or text")
+        return
+    field = "text" if row.messages is None else "messages"
+    images_first = row.messages is not None and not placeholders
+    if placeholders != images and not images_first:
+        raise DataError(f"sample {row.id!r}, {field}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")

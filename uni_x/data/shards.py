@@ -1,0 +1,238 @@
+"""The encoded form on disk: folders of Parquet shards, written whole or not at all.
+
+A shard has the columns `id`, `images` (a list of `codes`, `height`, `width`, `pixel_height`, `pixel_width`),
+`caption`, `messages` (a list of `role`, `content`), `text` and `source`. Codes are uint16, or uint32 for codebooks
+of more than 65,536 codes.
+"""
+
+import bisect
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from uni_x.data.schema import CodeGrid, Message, Sample
+from uni_x.errors import DataError
+
+MANIFEST = "manifest.json"
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_OPTIONAL_COLUMNS = {"caption": pa.string(), "messages": _MESSAGES, "text": pa.string(), "source": pa.string()}
+
+
+def codes_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The narrower of uint16 and uint32 that holds every code."""
+    return np.uint16 if codebook_size <= 2**16 else np.uint32
+
+
+def parquet_schema(codebook_size: int) -> pa.Schema:
+    """The columns of a shard whose codes come from a codebook of `codebook_size`."""
+    code = pa.from_numpy_dtype(np.dtype(codes_dtype(codebook_size)))
+    return pa.schema([("id", pa.string()), ("images", _images_type(code)), *_OPTIONAL_COLUMNS.items()])
+
+
+def shard_to_bytes(samples: Iterable[Sample], codebook_size: int, metadata: dict[str, str] | None = None) -> bytes:
+    """Samples as the content of a Parquet file, with `metadata` in its footer."""
+    schema = parquet_schema(codebook_size).with_metadata(metadata or {})
+    table = pa.Table.from_pylist([_to_record(sample) for sample in samples], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, then moves it into place; what a failure leaves behind is removed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, in the order of their names."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+class EncodedSamples(Sequence[Sample]):
+    """The samples of a folder of Parquet shards, or of one shard, in memory; a sample is made when it is asked for.
+
+    The codes stay in Arrow's buffers, of which each `CodeGrid` is a view.
+    """
+
+    def __init__(self, path: str | Path, codebook_size: int):
+        """Reads every shard and checks its columns and codes.
+
+        Raises `DataError` that names the file, and the sample where one is at fault. A folder whose manifest says that
+        encoding has not finished is refused.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        _check_finished(path / MANIFEST)
+        paths = shard_paths(path) if path.is_dir() else [path]
+        if not paths:
+            raise DataError(f"{path}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+        self._shards = [_Shard(shard, codebook_size) for shard in paths]
+        self._starts = list(itertools.accumulate((len(shard) for shard in self._shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"no sample {index} among {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return self._shards[shard].sample(index - self._starts[shard])
+
+
+class _Shard:
+    """The columns of one Parquet file, nested lists taken apart into flat arrays and offsets."""
+
+    def __init__(self, path: Path, codebook_size: int):
+        try:
+            table = pq.read_table(path, partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+        self._ids = _column(path, table, "id", pa.string())
+        images = _column(path, table, "images", _images_type(_stored_code_type(table)))
+        self._image_offsets = images.offsets.to_numpy()
+        fields = images.values
+        codes = fields.field("codes")
+        self._code_offsets = codes.offsets.to_numpy()
+        self._codes = codes.values.to_numpy()
+        self._sizes = np.stack(
+            [fields.field(name).fill_null(0).to_numpy() for name in ("height", "width", "pixel_height", "pixel_width")],
+            axis=1,
+        )  # (images, 4)
+        self._caption, messages, self._text, self._source = (
+            _column(path, table, name, type_) for name, type_ in _OPTIONAL_COLUMNS.items()
+        )
+        self._has_messages = messages.is_valid().to_numpy(zero_copy_only=False)
+        self._message_offsets = messages.offsets.to_numpy()
+        self._roles = messages.values.field("role").dictionary_encode()
+        self._role_names = self._roles.dictionary.to_pylist()
+        self._role_indices = self._roles.indices.to_numpy(zero_copy_only=False)
+        self._contents = messages.values.field("content")
+        self._check_codes(path, codebook_size)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def sample(self, row: int) -> Sample:
+        return Sample(
+            id=self._ids[row].as_py(),
+            images=tuple(self._grid(image) for image in range(self._image_offsets[row], self._image_offsets[row + 1])),
+            caption=self._caption[row].as_py(),
+            messages=self._messages(row) if self._has_messages[row] else None,
+            text=self._text[row].as_py(),
+            source=self._source[row].as_py() or "",
+        )
+
+    def _grid(self, image: int) -> CodeGrid:
+        height, width, pixel_height, pixel_width = self._sizes[image].tolist()
+        codes = self._codes[self._code_offsets[image] : self._code_offsets[image + 1]]
+        return CodeGrid(codes, height, width, pixel_height or None, pixel_width or None)
+
+    def _messages(self, row: int) -> tuple[Message, ...]:
+        start, end = self._message_offsets[row], self._message_offsets[row + 1]
+        contents = self._contents[start:end].to_pylist()
+        roles = [self._role_names[index] for index in self._role_indices[start:end].tolist()]
+        return tuple(map(Message, roles, contents))
+
+    def _check_codes(self, path: Path, codebook_size: int) -> None:
+        lengths = np.diff(self._code_offsets)
+        wrong = np.flatnonzero((lengths != self._sizes[:, 0] * self._sizes[:, 1]) | (lengths == 0))
+        if len(wrong):
+            height, width = self._sizes[wrong[0], :2]
+            raise DataError(
+                f"{path}: sample {self._id_of_image(wrong[0])!r}, images.codes: {lengths[wrong[0]]} codes "
+                f"do not fill a grid of {height} x {width}"
+            )
+        if len(self._codes) and self._codes.max() >= codebook_size:
+            first = np.flatnonzero(self._codes >= codebook_size)[0]
+            image = np.searchsorted(self._code_offsets, first, side="right") - 1
+            raise DataError(
+                f"{path}: sample {self._id_of_image(image)!r}, images.codes: code {self._codes[first]} is not in "
+                f"a codebook of {codebook_size}; encode with this model's image tokenizer"
+            )
+
+    def _id_of_image(self, image: int) -> str:
+        return self._ids[int(np.searchsorted(self._image_offsets, image, side="right")) - 1].as_py()
+
+
+def _check_finished(manifest: Path) -> None:
+    if not manifest.is_file():
+        return
+    try:
+        finished = json.loads(manifest.read_bytes())["finished"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{manifest}: not a manifest of `uni-x encode`; encode into another folder") from None
+    if not finished:
+        raise DataError(f"{manifest.parent}: encoding has not finished; run `uni-x encode` again, it will carry on")
+
+
+def _images_type(code: pa.DataType) -> pa.DataType:
+    sizes = [(name, pa.int32()) for name in ("height", "width", "pixel_height", "pixel_width")]
+    return pa.list_(pa.struct([("codes", pa.list_(code)), *sizes]))
+
+
+def _stored_code_type(table: pa.Table) -> pa.DataType:
+    """uint16 where the file has it, else uint32, into which other integers are cast."""
+    with contextlib.suppress(KeyError, AttributeError):  # columns of another shape are refused by the cast
+        if table.schema.field("images").type.value_type.field("codes").type.value_type == pa.uint16():
+            return pa.uint16()
+    return pa.uint32()
+
+
+def _column(path: Path, table: pa.Table, name: str, type_: pa.DataType) -> pa.Array:
+    if name not in table.column_names:
+        if name in _OPTIONAL_COLUMNS:
+            return pa.nulls(len(table), type_)
+        raise DataError(f"{path}: the column {name!r} is missing; it has {', '.join(table.column_names)}")
+    try:
+        column = table.column(name).cast(type_).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{path}: the column {name!r} cannot be read as {type_} ({error})") from None
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _to_record(sample: Sample) -> dict[str, object]:
+    return {
+        "id": sample.id,
+        "images": [
+            {
+                "codes": grid.codes,
+                "height": grid.height,
+                "width": grid.width,
+                "pixel_height": grid.pixel_height,
+                "pixel_width": grid.pixel_width,
+            }
+            for grid in sample.images
+        ],
+        "caption": sample.caption,
+        "messages": None
+        if sample.messages is None
+        else [{"role": message.role, "content": message.content} for message in sample.messages],
+        "text": sample.text,
+        "source": sample.source,
+    }

@@ -1,0 +1,53 @@
+"""Trains the text tokenizer of a small model on the texts that the model will see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from uni_x.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, VISION_START, VISION_END)
+_BYTES = 256
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of at most `vocab_size` tokens; a small corpus may need fewer.
+
+    A text gets a space in front, which decoding takes off again, so that its first word has the token that it has
+    elsewhere; a line break stays bare, so that it is one token. Every text comes back exactly. `<|endoftext|>` ends
+    and pads, `<|vision_start|>` and `<|vision_end|>` enclose images. The same texts give the same tokenizer.
+
+    Raises `ConfigError` where `vocab_size` is too small for the 256 bytes and the special tokens.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = _BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size: {vocab_size} is too small, bytes and special tokens alone are {smallest}")
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A \n"), "\n")])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[VISION_START, VISION_END],
+        clean_up_tokenization_spaces=False,
+    )

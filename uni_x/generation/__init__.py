@@ -1,0 +1,1 @@
+"""Generation: sampling, guidance, and the engine that answers batches of requests."""

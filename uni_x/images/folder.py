@@ -1,0 +1,66 @@
+"""A folder of pictures as a sequence, in the order of their names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from PIL import Image
+
+from uni_x.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class PictureFolder(Sequence[Image.Image]):
+    """The readable PNG, JPEG and WebP pictures below a folder; each is opened anew when asked for.
+
+    Every file is decoded once at the start, so that a broken one turns up here and not in the middle of a run.
+
+    Attributes:
+        paths: the readable pictures, sorted.
+        unreadable: the others, each with the reason.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None):
+        """Looks through `folder` and its subfolders for at most `limit` readable pictures.
+
+        Raises `DataError` where there is no such folder or no readable picture in it.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder of pictures")
+        self.paths: list[Path] = []
+        self.unreadable: list[tuple[Path, str]] = []
+        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+            if limit is not None and len(self.paths) >= limit:
+                break
+            try:
+                _open(path)
+            except DataError as error:
+                self.unreadable.append((path, str(error)))
+            else:
+                self.paths.append(path)
+        if not self.paths:
+            found = f"{len(self.unreadable)} pictures, none of them readable" if self.unreadable else "no pictures"
+            raise DataError(f"{folder}: {found} (looked for {', '.join(sorted(SUFFIXES))})")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [_open(path) for path in self.paths[index]]
+        return _open(self.paths[index])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None

@@ -1,0 +1,162 @@
+"""The language-model head and its loss, in chunks, apart for text and image targets.
+
+Logits of a whole batch over a vocabulary of 150,000 outweigh everything else in a training step. Here a chunk of
+tokens gets its logits, its loss and its gradients at once and the logits are dropped (the idea of Liger Kernel's fused
+linear cross entropy, Hsu et al., 2024), so that no logit is kept and none is computed twice. The loss lives in the
+module that owns the head's weight: under ZeRO-3 and FSDP a weight is whole only while its own module runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+CHUNK_BYTES = 64 * 2**20  # logits of a chunk
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss is asked for: the positions that have a target, sorted text targets first.
+
+    Attributes:
+        rows: `(targets,)` index of each position among the tokens.
+        ids: `(targets,)` the token that follows it.
+        sizes: number of text targets and of image codes.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    sizes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the two losses are weighed; see `UniXConfig`. `codes` is the first and the last id + 1 of the image codes."""
+
+    codes: tuple[int, int]
+    by_modality: bool = False
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    z_loss: float = 0.0
+
+
+class LanguageModelHead(nn.Linear):
+    """Projection to the vocabulary. Given targets it returns losses, else logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor,
+        targets: Targets | None = None,
+        options: LossOptions | None = None,
+        vocabulary_range: tuple[int, int] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(tokens, hidden_size)` to logits `(tokens, vocab_size)`, or to three sums over targets, in nats.
+
+        The three are the weighted total, which alone carries a gradient, and the plain text and image losses.
+        `vocabulary_range` asks for the logits of the ids from its first to before its last alone.
+        """
+        if vocabulary_range is not None:
+            return F.linear(hidden, self.weight[slice(*vocabulary_range)])
+        if targets is None or options is None:
+            return super().forward(hidden)
+        chosen = hidden.index_select(0, targets.rows)
+        return _ChunkedLoss.apply(chosen, self.weight, targets, options)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: Targets, options: LossOptions
+    ) -> tuple[torch.Tensor, ...]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        plain = []
+        start = 0
+        for size, loss_weight, vocabulary in zip(
+            targets.sizes,
+            (options.text_weight, options.image_weight),
+            _vocabularies(weight.shape[0], options),
+            strict=True,
+        ):
+            part = slice(start, start + size)
+            first, last = vocabulary
+            loss, z_loss = _sum_over_chunks(
+                hidden[part],
+                weight[first:last],
+                targets.ids[part] - first,
+                None if hidden_gradient is None else hidden_gradient[part],
+                None if weight_gradient is None else weight_gradient[first:last],
+                loss_weight,
+                options.z_loss,
+            )
+            total += loss_weight * (loss + options.z_loss * z_loss)
+            plain.append(loss)
+            start += size
+        gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
+        ctx.save_for_backward(hidden_gradient, gradient)
+        ctx.mark_non_differentiable(*plain)
+        return total, *plain
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden, weight = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            None if hidden is None else hidden * scale.to(hidden.dtype),
+            None if weight is None else weight * scale.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _vocabularies(vocab_size: int, options: LossOptions) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Range of ids that the softmax runs over, for text targets and for image codes."""
+    if options.by_modality:
+        return (0, options.codes[0]), options.codes
+    return (0, vocab_size), (0, vocab_size)
+
+
+def _sum_over_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    hidden_gradient: torch.Tensor | None,
+    weight_gradient: torch.Tensor | None,
+    loss_weight: float,
+    z_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of cross entropy and of the squared log-partition; adds their weighted gradients in place."""
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    z_loss = torch.zeros_like(loss)
+    chunk = max(1, CHUNK_BYTES // (4 * max(1, weight.shape[0])))
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        logits = (hidden[rows] @ weight.t()).float()
+        target = ids[rows, None]
+        partition = logits.logsumexp(dim=-1, keepdim=True)
+        loss += (partition - logits.gather(1, target)).sum()
+        z_loss += partition.square().sum()
+        if hidden_gradient is None and weight_gradient is None:
+            continue
+        gradient = logits.sub_(partition).exp_()
+        if z_weight:
+            gradient.mul_(1 + 2 * z_weight * partition)
+        gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
+        if loss_weight != 1.0:
+            gradient.mul_(loss_weight)
+        gradient = gradient.to(weight.dtype)
+        if hidden_gradient is not None:
+            torch.mm(gradient, weight, out=hidden_gradient[rows])
+        if weight_gradient is not None:
+            if gradient.dtype == weight_gradient.dtype:
+                weight_gradient.addmm_(gradient.t(), hidden[rows])
+            else:
+                weight_gradient += gradient.t() @ hidden[rows]
+    return loss, z_loss

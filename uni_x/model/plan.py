@@ -1,0 +1,163 @@
+"""An architecture is data: a plan is a list of layer specs, one a layer.
+
+A layer spec says which parts of a decoder layer are shared by text and image tokens, which exist once for each
+modality, and what a token sees. The presets at the end of this file are functions that return plans; a recipe can
+also spell a plan out, layer by layer or by range. Nothing else in the package asks which architecture it runs.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from uni_x.errors import ConfigError
+
+Sharing = Literal["shared", "separate"]
+Sight = Literal["all", "own"]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"layer spec: {name} is one of {', '.join(choices)}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one decoder layer is made of.
+
+    Attributes:
+        norms: the two layer norms.
+        qkv: query, key and value projections together with the query and key norms.
+        output: the attention's output projection.
+        ffn: the feed-forward network.
+        sees: `all` tokens before it in its document, or only those of its `own` modality.
+        image_ffn_size: width of the image tokens' own FFN where `ffn` is separate; None is the text FFN's width,
+            0 leaves it out.
+        shared_ffn_size: width of an FFN that every token passes beside its own, added to it; 0 leaves it out.
+    """
+
+    norms: Sharing = "shared"
+    qkv: Sharing = "shared"
+    output: Sharing = "shared"
+    ffn: Sharing = "shared"
+    sees: Sight = "all"
+    image_ffn_size: int | None = None
+    shared_ffn_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("norms", "qkv", "output", "ffn"):
+            _check_choice(name, getattr(self, name), get_args(Sharing))
+        _check_choice("sees", self.sees, get_args(Sight))
+        for name in ("image_ffn_size", "shared_ffn_size"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or size < 0):
+                raise ConfigError(f"layer spec: {name} is a width of 0 or more, not {size!r}")
+        if self.image_ffn_size is not None and self.ffn == "shared":
+            raise ConfigError("layer spec: image_ffn_size needs ffn: separate")
+        if self.image_ffn_size == 0 and self.shared_ffn_size == 0:
+            raise ConfigError("layer spec: image_ffn_size and shared_ffn_size cannot both be 0")
+
+    @property
+    def parts(self) -> tuple[Sharing, ...]:
+        """How norms, q/k/v, output projection and FFN are shared, in this order."""
+        return (self.norms, self.qkv, self.output, self.ffn)
+
+    @property
+    def splits_completely(self) -> bool:
+        """Whether text and image tokens never meet in this layer, so that it runs as two streams."""
+        return self.sees == "own" and set(self.parts) == {"separate"} and self.shared_ffn_size == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from a plain shared layer, for JSON."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+
+SHARED = LayerSpec()
+SEPARATE = LayerSpec(norms="separate", qkv="separate", output="separate", ffn="separate")
+
+Plan = tuple[LayerSpec, ...]
+
+
+def shared(num_hidden_layers: int) -> Plan:
+    """The dense baseline: every layer is shared by both modalities."""
+    return (SHARED,) * num_hidden_layers
+
+
+def uni_x(num_hidden_layers: int, first: int, last: int, ends_see: Sight = "own") -> Plan:
+    """The X shape: the `first` and `last` layers exist once for each modality, the middle is shared."""
+    return _with_ends(num_hidden_layers, first, last, ends_see, SHARED)
+
+
+def moe(num_hidden_layers: int, step: int = 1) -> Plan:
+    """Hard mixture of experts: an FFN for each modality in every layer where (index + 1) % step == 0."""
+    if step < 1:
+        raise ConfigError(f"plan moe: step is 1 or more, not {step}")
+    expert = LayerSpec(ffn="separate")
+    return tuple(expert if (index + 1) % step == 0 else SHARED for index in range(num_hidden_layers))
+
+
+def mot(num_hidden_layers: int, image_ffn_size: int | None = None) -> Plan:
+    """Mixture of transformers: every weight of a layer is separate, attention sees both modalities."""
+    return (replace(SEPARATE, image_ffn_size=image_ffn_size),) * num_hidden_layers
+
+
+def uni_share(
+    num_hidden_layers: int,
+    first: int,
+    last: int,
+    image_ffn_size: int | None = None,
+    shared_ffn_size: int = 0,
+    ends_see: Sight = "own",
+) -> Plan:
+    """As `uni-x`, with an FFN for each modality plus one for both in the middle layers."""
+    middle = LayerSpec(ffn="separate", image_ffn_size=image_ffn_size, shared_ffn_size=shared_ffn_size)
+    return _with_ends(num_hidden_layers, first, last, ends_see, middle)
+
+
+PRESETS: dict[str, Callable[..., Plan]] = {
+    "shared": shared,
+    "uni-x": uni_x,
+    "moe": moe,
+    "mot": mot,
+    "uni-share": uni_share,
+}
+
+
+def build_plan(preset: str, num_hidden_layers: int, arguments: dict[str, Any] | None = None) -> Plan:
+    """The plan of a preset. Raises `ConfigError` for an unknown preset or arguments that it does not take."""
+    if preset not in PRESETS:
+        nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown plan '{preset}'; the nearest known one is '{nearest}' (all: {', '.join(PRESETS)})")
+    try:
+        return PRESETS[preset](num_hidden_layers, **(arguments or {}))
+    except TypeError as error:
+        raise ConfigError(f"plan {preset}: {str(error).split('() ')[-1]}") from None
+
+
+def plan_from_dicts(layers: list[dict[str, Any]], num_hidden_layers: int) -> Plan:
+    """A plan from its JSON form: one mapping a layer, holding what differs from a plain shared layer."""
+    if len(layers) != num_hidden_layers:
+        raise ConfigError(f"the plan has {len(layers)} layers, num_hidden_layers is {num_hidden_layers}")
+    known = {field.name for field in fields(LayerSpec)}
+    for index, layer in enumerate(layers):
+        if unknown := sorted(set(layer) - known):
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"plan, layer {index}: unknown key '{unknown[0]}'; the nearest known one is '{nearest}'")
+    return tuple(LayerSpec(**layer) for layer in layers)
+
+
+def plan_to_dicts(plan: Plan) -> list[dict[str, Any]]:
+    """The JSON form of a plan."""
+    return [spec.to_dict() for spec in plan]
+
+
+def describe(spec: LayerSpec) -> dict[str, Any]:
+    """Every field of a spec, for tables."""
+    return asdict(spec)
+
+
+def _with_ends(num_hidden_layers: int, first: int, last: int, ends_see: Sight, middle: LayerSpec) -> Plan:
+    if first < 0 or last < 0 or first + last > num_hidden_layers:
+        raise ConfigError(f"{first} first and {last} last layers do not fit into {num_hidden_layers}")
+    end = replace(SEPARATE, sees=ends_see)
+    return (end,) * first + (middle,) * (num_hidden_layers - first - last) + (end,) * last

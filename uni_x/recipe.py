@@ -1,0 +1,364 @@
+"""The typed schema of a YAML recipe, and dotted overrides (`data.batch_size=8`) on the command line.
+
+Every section is a pydantic model that refuses unknown keys and suggests the nearest known one. This module
+knows nothing of torch, so that a recipe can be checked in a fraction of a second.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from uni_x.errors import RecipeError, UsageError
+
+DRAW_INSTRUCTIONS = (
+    "\nDraw this.",
+    "\nCreate an image that matches the text.",
+    "\nTurn the text above into a picture.",
+    "\nPlease illustrate the text above.",
+)
+DESCRIBE_INSTRUCTIONS = (
+    "Describe this image.\n",
+    "What does this picture show?\n",
+    "Write a caption for this image.\n",
+    "Tell me about this image.\n",
+)
+
+
+class Section(BaseModel):
+    """Part of a recipe: frozen, strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str] | None = None) -> SectionType:
+    """Reads a YAML recipe, applies `key.key=value` overrides (values are YAML) and checks it against `schema`.
+
+    Raises `RecipeError` with one line that names the file, the key and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds a {type(tree).__name__}")
+    for override in overrides or []:
+        apply_override(tree, override)
+    return check_recipe(tree, schema, str(path))
+
+
+def check_recipe(tree: dict[str, Any], schema: type[SectionType], where: str) -> SectionType:
+    """Turns a mapping into a recipe of `schema`; `where` names its source in errors."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_problem(error, schema)}") from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts one `key.key=value` into a recipe's mapping; raises `UsageError` where it has another form."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"'{override}': an override has the form key=value or section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"'{override}': the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if node is None:
+            break
+    if not isinstance(node, dict):
+        raise RecipeError(f"'{override}': {'.'.join(parents)} is not a section")
+    node[last] = value
+
+
+def _first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _keys_beside(schema, problem["loc"])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        hint = f"; the nearest known key is '{nearest[0]}'" if nearest else ""
+        return f"unknown key '{name}'{hint}"
+    if problem["type"] == "missing":
+        return f"the key '{name}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {problem['input']!r})" if name else message
+
+
+def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section holding `location` knows; walks nested sections, lists, unions and mappings."""
+    candidates: list[Any] = [schema]
+    for part in location[:-1]:
+        step: list[Any] = []
+        for candidate in candidates:
+            if isinstance(part, str) and part in candidate.model_fields:
+                step += _sections_in(candidate.model_fields[part].annotation)
+        candidates = step or candidates
+    return [key for candidate in candidates for key in candidate.model_fields]
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
+
+
+class VQGANNetwork(Section):
+    """The convolutional VQGAN of taming-transformers and Chameleon, its sizes by the names of their `ddconfig`."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    ch: PositiveInt = 64
+    ch_mult: tuple[PositiveInt, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
+    num_res_blocks: PositiveInt = 2
+    attn_resolutions: tuple[PositiveInt, ...] = ()
+    z_channels: PositiveInt = 128
+    embed_dim: PositiveInt = 128
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @model_validator(mode="after")
+    def _channels_fit_the_groups(self) -> "VQGANNetwork":
+        if self.ch % 32:
+            raise ValueError(f"ch is {self.ch}; its group norms have 32 groups, so it must be a multiple of 32")
+        return self
+
+
+class PatchNetwork(Section):
+    """An autoencoder that takes each square patch on its own: for small pictures of a world of tiles."""
+
+    kind: Literal["patch"] = "patch"
+    patch_size: PositiveInt = 32
+    embed_dim: PositiveInt = 32
+    encoder_sizes: tuple[PositiveInt, ...] = (128,)
+    decoder_sizes: tuple[PositiveInt, ...] = (256,)
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return self.patch_size
+
+
+class TokenizerConfig(Section):
+    """What an image tokenizer is, apart from its weights; `config.json` in its folder holds just this."""
+
+    resolution: int = Field(ge=16)
+    codebook_size: int = Field(ge=2)
+    network: Annotated[VQGANNetwork | PatchNetwork, Field(discriminator="kind")]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of a picture in codes."""
+        side = self.resolution // self.network.pixels_per_code
+        return side, side
+
+    @model_validator(mode="after")
+    def _pictures_divide_into_codes(self) -> "TokenizerConfig":
+        if self.resolution % self.network.pixels_per_code:
+            raise ValueError(
+                f"resolution is {self.resolution}, which must be a multiple of the "
+                f"{self.network.pixels_per_code} pixels of one code"
+            )
+        return self
+
+
+class TokenizerTraining(Section):
+    """How an image tokenizer is trained; steps count batches."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-3
+    loss: Literal["mse", "l1"] = "mse"
+    continuous_steps: NonNegativeInt = 200
+    """Steps at the start without quantisation, from whose latents k-means takes the first codebook."""
+    commitment_weight: float = Field(default=0.25, ge=0.0)
+    codebook_decay: float = Field(default=0.99, gt=0.0, lt=1.0)
+    restart_every: PositiveInt = 50
+    """Steps between two rounds in which codes out of use move to where the error is largest."""
+    checkpoint_every: PositiveInt = 200
+
+    @model_validator(mode="after")
+    def _codes_are_trained(self) -> "TokenizerTraining":
+        if self.continuous_steps >= self.steps:
+            raise ValueError(f"continuous_steps is {self.continuous_steps}, which must be below steps ({self.steps})")
+        return self
+
+
+class TokenizerRecipe(Section):
+    """The recipe of `uni-x tokenizer train`."""
+
+    source: str
+    """`scenes`, or the path of a folder of pictures."""
+    pictures: PositiveInt | None = None
+    """How many scenes to train on, or at most how many pictures of the folder (left out: all)."""
+    eval_pictures: PositiveInt = 200
+    """How many pictures are held out and measured."""
+    tokenizer: TokenizerConfig
+    training: TokenizerTraining
+    seed: NonNegativeInt = 0
+    stored_as: Literal["float32", "float16"] = "float32"
+    """How the weights' numbers are written; they are float32 again once read."""
+
+
+class RenderOptions(Section):
+    """How samples become sequences; kept with a model, since its prompts must look like its training data."""
+
+    ignore_instruction: bool = True
+    """Trains answers alone: drawings, descriptions and the assistant's turns. Otherwise all text is trained."""
+    t2i_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of captioned pictures that are drawn; the others are described."""
+    unconditional_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the drawings in which `<unconditional>` stands for the text."""
+    draw_instructions: tuple[str, ...] = DRAW_INSTRUCTIONS
+    describe_instructions: tuple[str, ...] = DESCRIBE_INSTRUCTIONS
+
+
+class ModelSection(Section):
+    """A model to make, or a model folder to go on from (`base`), whose sizes then count."""
+
+    base: str | None = None
+    preset: str = "uni-x"
+    preset_arguments: dict[str, Any] = {}
+    plan: list[dict[str, Any]] | None = None
+    """A plan spelled out, one mapping a layer, in place of the preset."""
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    max_position_embeddings: PositiveInt = 4096
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = 0.02
+    attention_bias: bool = False
+    qk_norm: bool = True
+    tie_word_embeddings: bool = False
+    head: Literal["full", "by_modality"] = "full"
+    text_loss_weight: NonNegativeFloat = 1.0
+    image_loss_weight: NonNegativeFloat = 1.0
+    z_loss: NonNegativeFloat = 0.0
+
+
+class TextTokenizerSection(Section):
+    """A text tokenizer to load (`path`), or one to train on the texts of the sources."""
+
+    path: str | None = None
+    vocab_size: PositiveInt = 4096
+    """Size of the one that is trained, special tokens included."""
+
+
+class SourceSection(Section):
+    """A folder that `uni-x encode` wrote, and its share of the sequences."""
+
+    path: str
+    weight: NonNegativeFloat = 1.0
+
+
+class DataSection(Section):
+    """What is trained on, and how it is laid out."""
+
+    sources: Annotated[list[SourceSection], Field(min_length=1)]
+    max_length: PositiveInt = 1024
+    """Tokens in a packed row."""
+    rows_per_epoch: PositiveInt = 1000
+    open_rows: NonNegativeInt = 64
+    """Rows that packing keeps open at a time; 0 gives each sequence a row of its own."""
+    render: RenderOptions = RenderOptions()
+
+
+class OptimizerSection(Section):
+    """`adamw`, or `muon`: Muon for the matrices of the layers and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: PositiveFloat = 3e-4
+    muon_learning_rate: PositiveFloat = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class ImageSampling(Section):
+    """How pictures are drawn where the caller does not say."""
+
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    guidance_scale: NonNegativeFloat = 2.0
+
+
+class TrainRecipe(Section):
+    """The recipe of `uni-x train`."""
+
+    run: str = "runs/train"
+    """The run folder."""
+    image_tokenizer: str = "scenes"
+    """A folder, or `scenes` for the one inside the package."""
+    text_tokenizer: TextTokenizerSection = TextTokenizerSection()
+    model: ModelSection = ModelSection()
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    image_sampling: ImageSampling = ImageSampling()
+    trainer: dict[str, Any] = {}
+    """Any argument of transformers' TrainingArguments; `max_steps` among them."""
+    device: str = "auto"
+    seed: NonNegativeInt = 0
+
+
+class ScenesSection(Section):
+    """How much of the scenes' world is made into training data."""
+
+    drawings: PositiveInt
+    """Pictures with captions."""
+    looking: PositiveInt
+    """Pictures with questions and answers."""
+    texts: PositiveInt
+    """Sentences without a picture."""
+
+
+class ScenesEvaluationSection(Section):
+    """How the quickstart's model is tested."""
+
+    prompts_per_task: PositiveInt = 50
+    pictures_per_prompt: PositiveInt = 4
+    questions: Annotated[PositiveInt, Field(multiple_of=2)] = 1000
+    """Yes/no questions, and as many multiple-choice ones."""
+    seed: NonNegativeInt = 1234
+
+
+class QuickstartRecipe(Section):
+    """The recipe of `uni-x quickstart`; the sources of `train` are folders below the run's own."""
+
+    seed: NonNegativeInt = 0
+    scenes: ScenesSection
+    train: TrainRecipe
+    evaluation: ScenesEvaluationSection = ScenesEvaluationSection()

@@ -1,0 +1,208 @@
+"""Training samples that look: a scene of a few things, and short questions about it with their answers.
+
+What a question's words are drawn from does not depend on its answer, so that nothing but the picture tells it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from uni_x.scenes.catalogue import COLOURABLE, HELD_OUT_COLOURS, KINDS, OPPOSITE, may_meet, training_colours
+from uni_x.scenes.dice import pick, pick_weighted, shuffled
+from uni_x.scenes.drawing import describe
+from uni_x.scenes.geometry import directions
+from uni_x.scenes.questions import Choice, Question, compatible
+from uni_x.scenes.world import CELLS, Scene, Thing
+
+MOST_THINGS = 5
+
+Look = tuple[str, str | None]  # an object and its colour
+
+# The shares of scenes with so many like things, and of their count questions that ask for those.
+_GROUPS = {1: 0.34, 2: 0.22, 3: 0.22, 4: 0.22}
+_ASK_FOR_GROUP = 0.8
+_ROWS_OF_YES_NO = 0.55
+_BY_LETTER = 0.15  # share of the other questions
+_YES_NO_SHARES = {"exists": 0.35, "exists_coloured": 0.5, "relation": 0.15}
+_OPEN_SHARES = {"colour": 0.3, "count": 0.25, "coloured": 0.25, "present": 0.1, "neighbour": 0.1}
+_SAME_OBJECT = 0.7  # share of absent coloured objects of which another colour is present
+
+
+class Turn(NamedTuple):
+    """A question and its answer; `kind` is yes_no, open or letter."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class LookingSample:
+    """A scene, distinct questions about it, and a description of all that is in it."""
+
+    scene: Scene
+    turns: tuple[Turn, ...]
+    description: str
+
+
+def looking_sample(rng: np.random.Generator, turns: int = 6) -> LookingSample:
+    """One training sample with up to so many turns (a bare scene has fewer questions).
+
+    Somewhat more than half of the samples ask for yes or no alone; the others ask open questions, some of them
+    with options to be answered by letter.
+    """
+    scene = looking_scene(rng)
+    yes_no = rng.random() < _ROWS_OF_YES_NO
+    asked: dict[Question, Turn] = {}
+    for _ in range(3 * turns):
+        if len(asked) < turns:
+            asked |= _yes_no_turn(rng, scene, asked) if yes_no else _open_turn(rng, scene, asked)
+    return LookingSample(scene, tuple(asked.values()), describe(scene))
+
+
+def looking_samples(count: int, seed: int, turns: int = 6) -> Iterator[LookingSample]:
+    """Training samples, the same ones for the same seed on every machine."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield looking_sample(rng, turns)
+
+
+def looking_scene(rng: np.random.Generator, required: Sequence[str | Look] = (), absent: Sequence[str] = ()) -> Scene:
+    """A scene of one to five things, all colours and pairs from training.
+
+    `required` lists things that must be there, as an object or an object with its colour, `absent` objects that must
+    not. Without them one object may be there several times, all alike.
+    """
+    looks = [item if isinstance(item, tuple) else _look(rng, item) for item in required]
+    if not looks:
+        looks = [_look(rng, _another(rng, [], absent))] * pick_weighted(rng, _GROUPS)
+    names = list(dict.fromkeys(name for name, _ in looks))
+    for _ in range(int(rng.integers(len(looks), MOST_THINGS + 1)) - len(looks)):
+        names.append(_another(rng, names, absent))
+        looks.append(_look(rng, names[-1]))
+    cells = rng.permutation(CELLS * CELLS)[: len(looks)].tolist()
+    return Scene(tuple(Thing(*look, *divmod(cell, CELLS)) for look, cell in zip(looks, cells, strict=True)))
+
+
+def yes_no_question(rng: np.random.Generator, scene: Scene, topic: str, answer: str) -> Question | None:
+    """A question that has the answer in the scene; None where the topic does not fit.
+
+    A no is hard: the object is there in another colour, or the colour on another object, or the relation the
+    other way round. Objects of held-out pairs with what is there are not asked for.
+    """
+    match topic:
+        case "exists":
+            return Question(topic, pick(rng, scene.objects) if answer == "yes" else _absent(rng, scene, tuple(KINDS)))
+        case "exists_coloured":
+            shown = _distinct_looks(scene)
+            if not shown:
+                return None
+            name, colour = pick(rng, shown)
+            if answer == "yes":
+                return Question(topic, name, colour)
+            if rng.random() < _SAME_OBJECT:
+                others = [c for c in training_colours(name) if (name, c) not in shown]
+                return Question(topic, name, pick(rng, others))
+            wearers = tuple(name for name in COLOURABLE if (name, colour) not in HELD_OUT_COLOURS)
+            return Question(topic, _absent(rng, scene, wearers), colour)
+        case _:
+            return _relation_question(rng, scene, answer)
+
+
+def open_question(rng: np.random.Generator, scene: Scene, topic: str) -> Question | None:
+    """An open question with at least one true answer in the scene; None where the topic does not fit."""
+    if topic == "present":
+        return Question(topic)
+    if topic == "neighbour":
+        pair = _related(rng, scene)
+        return pair and Question(topic, pair.other, relation=pair.relation)
+    shown = _distinct_looks(scene)
+    if topic == "coloured":
+        question = Question(topic, colour=pick(rng, shown)[1]) if shown else None
+    elif topic == "colour":
+        question = Question(topic, pick(rng, shown)[0]) if shown else None
+    else:
+        groups = [name for name in scene.objects if len(scene.all_of(name)) > 1]
+        question = Question(topic, pick(rng, groups if groups and rng.random() < _ASK_FOR_GROUP else scene.objects))
+    return question if question and question.answers(scene) else None
+
+
+def choice(rng: np.random.Generator, scene: Scene, question: Question) -> Choice | None:
+    """The question with four options in random order, of which one alone is true; None where there are too few."""
+    answers = question.answers(scene)
+    if not answers:
+        return None
+    options = [pick(rng, answers)]
+    for candidate in shuffled(rng, question.candidates()):
+        fits = candidate not in KINDS or candidate in scene.objects or may_meet(candidate, *scene.objects)
+        if fits and candidate not in answers and compatible(options, candidate):
+            options.append(candidate)
+        if len(options) == 4:
+            order = shuffled(rng, options)
+            return Choice(question, tuple(order), order.index(options[0]))
+    return None
+
+
+def _yes_no_turn(rng: np.random.Generator, scene: Scene, asked: Mapping[Question, Turn]) -> dict[Question, Turn]:
+    """A new turn, or none: yes and no stay as frequent because a question of either kind must be left to ask."""
+    topic = pick_weighted(rng, _YES_NO_SHARES)
+    questions = {answer: yes_no_question(rng, scene, topic, answer) for answer in ("yes", "no")}
+    if any(question is None or question in asked for question in questions.values()):
+        return {}
+    answer = pick(rng, ("yes", "no"))
+    question = questions[answer]
+    return {question: Turn(question.text, answer, "yes_no")} if question else {}
+
+
+def _open_turn(rng: np.random.Generator, scene: Scene, asked: Mapping[Question, Turn]) -> dict[Question, Turn]:
+    """A new turn, or none; a second count would mostly ask for single things, and make `one` too frequent."""
+    question = open_question(rng, scene, pick_weighted(rng, _OPEN_SHARES))
+    if question is None or question in asked:
+        return {}
+    if question.topic == "count" and any(other.topic == "count" for other in asked):
+        return {}
+    if rng.random() < _BY_LETTER:
+        closed = choice(rng, scene, question)
+        return {question: Turn(closed.prompt, closed.letter, "letter")} if closed else {}
+    answers = question.answers(scene)
+    return {question: Turn(question.text, answers[0], "open")} if len(answers) == 1 else {}
+
+
+def _relation_question(rng: np.random.Generator, scene: Scene, answer: str) -> Question | None:
+    held = _related(rng, scene)
+    if held is None or answer == "yes":
+        return held
+    return Question("relation", held.object, relation=OPPOSITE[held.relation], other=held.other)
+
+
+def _related(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """A true relation between two objects that are there once."""
+    single = [thing for thing in scene.things if len(scene.all_of(thing.object)) == 1]
+    if len(single) < 2:
+        return None
+    thing, other = shuffled(rng, single)[:2]
+    held = directions(thing.box, other.box)
+    return Question("relation", thing.object, relation=pick(rng, held), other=other.object) if held else None
+
+
+def _distinct_looks(scene: Scene) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((thing.object, thing.colour) for thing in scene.things if thing.colour))
+
+
+def _look(rng: np.random.Generator, name: str) -> Look:
+    return name, pick(rng, training_colours(name)) if KINDS[name].colourable else None
+
+
+def _another(rng: np.random.Generator, names: Sequence[str], absent: Sequence[str]) -> str:
+    """An object that is not there yet and may meet those that are."""
+    return _absent_from(rng, tuple(KINDS), (*names, *absent), names)
+
+
+def _absent(rng: np.random.Generator, scene: Scene, among: Sequence[str]) -> str:
+    return _absent_from(rng, among, scene.objects, scene.objects)
+
+
+def _absent_from(rng: np.random.Generator, among: Sequence[str], taken: Sequence[str], met: Sequence[str]) -> str:
+    return pick(rng, [name for name in among if name not in taken and may_meet(name, *met)])

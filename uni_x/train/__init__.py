@@ -1,0 +1,1 @@
+"""Training: a recipe, the Trainer of transformers, and what happens around a step."""

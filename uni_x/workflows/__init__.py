@@ -1,0 +1,1 @@
+"""Chains of the other packages, with nothing of their own."""

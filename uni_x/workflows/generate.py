@@ -1,0 +1,84 @@
+"""`uni-x generate`: a model folder and a prompt, to files or words."""
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from uni_x.devices import choose_device
+from uni_x.errors import DataError
+from uni_x.generation.pipeline import UniXPipeline
+from uni_x.generation.sampling import Sampling
+
+
+def draw(
+    model: Path,
+    prompt: str,
+    out: Path,
+    number: int = 1,
+    seed: int = 0,
+    temperature: float | None = None,
+    guidance_scale: float | None = None,
+    device: str = "auto",
+) -> list[Path]:
+    """Draws a prompt `number` times into files, the first with `seed`, and returns them."""
+    pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
+    default = pipeline.image_sampling
+    sampling = Sampling(
+        temperature=default.temperature if temperature is None else temperature,
+        top_k=default.top_k,
+        top_p=default.top_p,
+        guidance_scale=default.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+    files = []
+    for index, picture in enumerate(pipeline.draw([prompt] * number, sampling, seed)):
+        file = out if number == 1 else out.with_stem(f"{out.stem}-{index + 1}")
+        try:
+            picture.save(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: cannot be written ({error})") from None
+        files.append(file)
+    return files
+
+
+def answer(
+    model: Path,
+    question: str,
+    image: Path,
+    max_new_tokens: int = 64,
+    temperature: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """Answers a question about a picture."""
+    picture = _open(image)
+    pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
+    grids = [tuple(pipeline.encode([picture]))]
+    return pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0]
+
+
+def continue_text(
+    model: Path,
+    text: str,
+    max_new_tokens: int = 64,
+    temperature: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """Goes on with a text."""
+    pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
+    return pipeline.continue_text([text], max_new_tokens, _text_sampling(temperature, seed))[0]
+
+
+def _text_sampling(temperature: float | None, seed: int) -> Sampling:
+    return Sampling(temperature=temperature or 0.0, seed=seed)
+
+
+def _open(image: Path) -> Image.Image:
+    try:
+        picture = Image.open(image)
+        picture.load()
+    except FileNotFoundError:
+        raise DataError(f"{image}: no such picture") from None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise DataError(f"{image}: cannot be read as a picture ({error})") from None
+    return picture

@@ -1,0 +1,330 @@
+"""`uni-x quickstart`: from pictures to a model that draws, looks and answers, and a report about it.
+
+Each stage leaves a file when it is done, so that a run that was stopped goes on with the stage it was in, and within
+it at the last shard or checkpoint.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from uni_x import scenes
+from uni_x.data.encode import encode
+from uni_x.data.schema import Message, SourceRow
+from uni_x.evaluation.scenes import (
+    Answer,
+    Drawing,
+    answer_multiple_choice,
+    answer_scores,
+    answer_yes_no,
+    chance_scores,
+    draw_scenes,
+    drawing_scores,
+)
+from uni_x.generation.pipeline import UniXPipeline
+from uni_x.recipe import (
+    QuickstartRecipe,
+    ScenesEvaluationSection,
+    ScenesSection,
+    TrainRecipe,
+    apply_override,
+    check_recipe,
+)
+from uni_x.runs import RunFolder, write_atomically
+from uni_x.train.callbacks import read_metrics
+from uni_x.train.run import load_image_tokenizer, make_start, train
+from uni_x.workflows.report import write_report
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).parent
+NEEDS_BYTES = 300 * 2**20
+PICTURES_SHOWN = 6  # pictures kept of the questions of each topic
+
+Progress = Callable[[str, int, int, str], None]
+"""Told the stage, how much of it is done, how much there is, and a word on it."""
+
+
+def load_quickstart_recipe(smoke: bool = False, overrides: Sequence[str] = ()) -> QuickstartRecipe:
+    """The recipe of the quickstart, or of its smoke test, with `key.key=value` overrides."""
+    tree = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    if smoke:
+        _merge(tree, yaml.safe_load((RECIPES / "quickstart-smoke.yaml").read_text()))
+    for override in overrides:
+        apply_override(tree, override)
+    return check_recipe(tree, QuickstartRecipe, "the quickstart's recipe")
+
+
+def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | None = None) -> tuple[RunFolder, bool]:
+    """Runs every stage that is not done yet; says whether the run was finished already.
+
+    Raises:
+        UniXError: a folder of another recipe, too small a disk, a missing extra.
+        KeyboardInterrupt: after Ctrl-C, with everything in place to go on.
+    """
+    run = RunFolder(out, recipe.model_dump(mode="json"), NEEDS_BYTES)
+    if run.results_file.exists() and run.report_file.exists():
+        return run, True
+    run.log_to_file()
+    stages = Stages(run.path / "stages.json", progress)
+    recipe_of_training = _training(recipe, run.path)
+
+    with stages.run("scenes") as report:
+        if report is not None:
+            make_data(recipe.scenes, recipe.seed, run.path / "scenes", recipe_of_training.image_tokenizer, report)
+    with stages.run("train") as report:
+        if report is not None:
+            _train(recipe_of_training, run.path / "model", report)
+    with stages.run("draw") as report:
+        if report is not None:
+            _draw(recipe.evaluation, recipe_of_training, run.path, report)
+    with stages.run("answer") as report:
+        if report is not None:
+            _answer(recipe.evaluation, recipe_of_training, run.path, report)
+    with stages.run("report") as report:
+        if report is not None:
+            run.write_results(collect_results(run.path, stages.seconds, recipe))
+            write_report(run.path)
+    # the seconds of the last stage are known only now
+    run.write_results(collect_results(run.path, stages.seconds, recipe))
+    write_report(run.path)
+    return run, False
+
+
+def collect_results(out: Path, seconds: dict[str, float], recipe: QuickstartRecipe) -> dict[str, Any]:
+    """Puts the figures of all stages together."""
+    drawing, answering = _read(out / "scores-draw.json"), _read(out / "scores-answer.json")
+    metrics = read_metrics(out / "train" / "metrics.jsonl")
+    training_seconds = sum(entry["seconds"] for entry in metrics)
+    return {
+        "scores": {
+            **drawing["trained"],
+            **answering["trained"],
+            "untrained": {**drawing["untrained"], **answering["untrained"]},
+            "chance": chance_scores(),
+        },
+        "seconds": {"total": sum(seconds.values()), "by_stage": seconds},
+        "tokens_per_second": sum(entry["tokens"] for entry in metrics) / training_seconds,
+        "steps": metrics[-1]["step"],
+        "seeds": {"training": recipe.seed, "evaluation": recipe.evaluation.seed},
+        "settings": {
+            "sampling": recipe.train.image_sampling.model_dump(),
+            "evaluation": recipe.evaluation.model_dump(),
+        },
+    }
+
+
+class Stages:
+    """Which stages are done, and the seconds that each took, over all the calls that it needed."""
+
+    def __init__(self, file: Path, progress: Progress | None):
+        self.file = file
+        self.progress = progress
+        self.entries: dict[str, dict[str, Any]] = _read(file)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return {name: entry["seconds"] for name, entry in self.entries.items()}
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[Callable[[int, int, str], None] | None]:
+        """Gives what to report progress to, or None where the stage is done already."""
+        entry = self.entries.setdefault(name, {"seconds": 0.0, "done": False})
+        if entry["done"]:
+            yield None
+            return
+        logger.info("stage %s", name)
+        before, start = entry["seconds"], time.perf_counter()
+
+        def report(done: int, total: int, word: str = "") -> None:
+            if self.progress is not None:
+                self.progress(name, done, total, word)
+
+        try:
+            report(0, 1)
+            yield report
+            entry["done"] = True
+        finally:
+            entry["seconds"] = before + time.perf_counter() - start
+            write_atomically(self.file, json.dumps(self.entries, indent=2))
+
+
+def make_data(
+    amounts: ScenesSection,
+    seed: int,
+    folder: Path,
+    image_tokenizer: str,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Draws the scenes and encodes them into `drawing`, `looking` and `text` below `folder`."""
+    tokenizer = load_image_tokenizer(image_tokenizer)
+    kinds: dict[str, tuple[Iterable[scenes.SourceRow], int]] = {
+        "drawing": (scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)), amounts.drawings),
+        "looking": (scenes.looking_rows(scenes.looking_samples(amounts.looking, seed)), amounts.looking),
+        "text": (scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
+    }
+    total = sum(count for _, count in kinds.values())
+    before = 0
+    for kind, (rows, count) in kinds.items():
+        source = f"scenes {kind}, {count} from seed {seed}"
+        start = before
+
+        def report(summary: Any, start: int = start, kind: str = kind) -> None:
+            if progress is not None:
+                progress(start + summary.read, total, kind)
+
+        encode((to_source_row(row, kind) for row in rows), tokenizer, folder / kind, source=source, progress=report)
+        before += count
+
+
+def to_source_row(row: scenes.SourceRow, source: str) -> SourceRow:
+    """A row of the scenes as the data layer takes it."""
+    messages = [
+        Message(role, text) for turn in row.turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return SourceRow(
+        id=row.id,
+        images=() if row.image is None else (row.image,),
+        caption=None if messages else row.caption,
+        messages=tuple(messages) or None,
+        text=row.text,
+        source=source,
+    )
+
+
+def _training(recipe: QuickstartRecipe, out: Path) -> TrainRecipe:
+    """The recipe of the training stage, with its folders below the run's."""
+    data = recipe.train.data
+    sources = [source.model_copy(update={"path": str(out / source.path)}) for source in data.sources]
+    return recipe.train.model_copy(
+        update={
+            "run": str(out / "train"),
+            "seed": recipe.seed,
+            "data": data.model_copy(update={"sources": sources}),
+        }
+    )
+
+
+def _train(recipe: TrainRecipe, model_dir: Path, report: Callable[[int, int, str], None]) -> None:
+    if model_dir.exists():
+        return
+    trained = train(recipe, lambda done, total, losses: report(done, total, losses_in_words(losses)))
+    os.replace(trained.model_dir, model_dir)
+
+
+def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Callable[..., None]) -> None:
+    prompts = [
+        prompt
+        for held_out in (False, True)
+        for task in (scenes.HELD_OUT_KINDS if held_out else scenes.TASKS)
+        for prompt in scenes.drawing_prompts(task, settings.prompts_per_task, settings.seed, held_out)
+    ]
+    trained = UniXPipeline.from_pretrained(out / "model")
+    drawings = draw_scenes(
+        trained, prompts, settings.pictures_per_prompt, settings.seed, lambda d, t: report(d, 2 * t, "trained")
+    )
+    _save_drawings(drawings, settings.pictures_per_prompt, out / "samples")
+    untrained = draw_scenes(
+        UniXPipeline(make_start(recipe)),
+        prompts,
+        settings.pictures_per_prompt,
+        settings.seed,
+        lambda d, t: report(t + d, 2 * t, "untrained"),
+    )
+    scores = {"trained": drawing_scores(drawings), "untrained": drawing_scores(untrained)}
+    write_atomically(out / "scores-draw.json", json.dumps(scores, indent=2))
+
+
+def _answer(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Callable[..., None]) -> None:
+    yes_no = scenes.yes_no_questions(settings.questions, settings.seed)
+    choices = scenes.multiple_choice_questions(settings.questions, settings.seed)
+    scores = {}
+    pipelines = {"trained": UniXPipeline.from_pretrained(out / "model"), "untrained": UniXPipeline(make_start(recipe))}
+    for number, (name, pipeline) in enumerate(pipelines.items()):
+        answers = _ask_everything(pipeline, yes_no, choices, settings.seed)
+        scores[name] = answer_scores(*answers)
+        if name == "trained":
+            _save_answers([answer for kind in answers for answer in kind], out / "samples")
+        report(number + 1, 2, name)
+    write_atomically(out / "scores-answer.json", json.dumps(scores, indent=2))
+
+
+def _ask_everything(
+    pipeline: UniXPipeline, yes_no: list[scenes.YesNoItem], choices: list[scenes.ChoiceItem], seed: int
+) -> tuple[list[Answer], list[Answer]]:
+    return (
+        answer_yes_no(pipeline, yes_no)
+        + answer_yes_no(pipeline, scenes.with_other_pictures(yes_no, seed), other_picture=True),
+        answer_multiple_choice(pipeline, choices)
+        + answer_multiple_choice(pipeline, scenes.with_other_pictures(choices, seed), other_picture=True),
+    )
+
+
+def _save_drawings(drawings: Sequence[Drawing], pictures_per_prompt: int, folder: Path) -> None:
+    """Writes a strip of pictures a prompt, and a row a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for start in range(0, len(drawings), pictures_per_prompt):
+        strip = drawings[start : start + pictures_per_prompt]
+        kind = strip[0].prompt.held_out or strip[0].prompt.task
+        name = f"{kind}-{start // pictures_per_prompt:03d}.png"
+        _side_by_side([drawing.picture for drawing in strip]).save(folder / name)
+        rows += [{**drawing.to_dict(), "file": name, "place": place} for place, drawing in enumerate(strip)]
+    _write_rows(folder / "drawings.jsonl", rows)
+
+
+def _save_answers(answers: Sequence[Answer], folder: Path) -> None:
+    """Writes a row an answer, with a picture for the first few of each topic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown: Counter[tuple[str, bool]] = Counter()
+    rows = []
+    for number, answer in enumerate(answers):
+        row = answer.to_dict()
+        kind = (answer.topic + "-choice" * bool(answer.options), answer.other_picture)
+        if not answer.other_picture and shown[kind] < PICTURES_SHOWN:
+            shown[kind] += 1
+            row["file"] = f"question-{number:04d}.png"
+            scenes.compose(answer.scene).save(folder / row["file"])
+        rows.append(row)
+    _write_rows(folder / "answers.jsonl", rows)
+
+
+def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width * len(pictures), height), "white")
+    for place, picture in enumerate(pictures):
+        strip.paste(picture, (place * width, 0))
+    return strip
+
+
+def _write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def losses_in_words(losses: dict[str, float]) -> str:
+    """The newest losses, for a progress line."""
+    return ", ".join(
+        f"{name} loss {losses[f'loss_{name}']:.2f}" for name in ("text", "image") if f"loss_{name}" in losses
+    )
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
