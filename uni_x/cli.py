@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,15 +53,26 @@ def quickstart(
 
 @app.command()
 def encode(
-    source: Annotated[str, typer.Argument(help="A folder of pictures with captions in .txt files, or `openmoji`.")],
-    image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or `scenes`.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of pictures with captions in .txt files, scenes or openmoji.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
+    image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or scenes.")] = "scenes",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
 ) -> None:
     """Turns pictures into image codes, once, on disk."""
-    from uni_x.workflows.sources import encode_source
+    from uni_x.train.run import load_image_tokenizer
+    from uni_x.workflows.quickstart import load_quickstart_recipe
+    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
 
+    tokenizer = load_image_tokenizer(image_tokenizer)
     with _progress() as progress:
-        summary = encode_source(source, image_tokenizer, out, progress)
+        report = partial(progress, "encode")
+        if source == SCENES:
+            recipe = load_quickstart_recipe()
+            summary = encode_scenes(recipe.scenes.at_most(limit), recipe.seed, out, tokenizer, report)
+        else:
+            summary = encode_source(source, tokenizer, out, limit, report)
     typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
     if summary.rejected:
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
@@ -206,10 +218,10 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         if stage not in tasks:
             if not console.is_terminal:
                 console.print(f"{stage} …", highlight=False)
-            tasks[stage] = bars.add_task(stage, total=total, word=word, rate="")
+            tasks[stage] = bars.add_task(stage, total=total or None, word=word, rate="")
         task = bars.tasks[list(tasks).index(stage)]
         speed = f"{task.speed:.1f}/s" if task.speed else ""
-        bars.update(tasks[stage], completed=done, total=total, word=word, rate=speed)
+        bars.update(tasks[stage], completed=done, total=total or None, word=word, rate=speed)
 
     if not console.is_terminal:
         bars.disable = True

@@ -28,6 +28,12 @@ class ModelFolder:
     text_tokenizer: PreTrainedTokenizerBase
     image_tokenizer: ImageTokenizer
 
+    def to(self, device: torch.device | str) -> "ModelFolder":
+        """Moves the model to a device, in eval mode; the image tokenizer follows."""
+        self.model.to(device).eval()  # type: ignore[arg-type]
+        self.image_tokenizer.to(device)
+        return self
+
 
 def save_model_folder(folder: ModelFolder, path: str | Path) -> None:
     """Writes the folder so that it is whole or not there; an older one at that place is replaced."""
@@ -61,5 +67,4 @@ def load_model_folder(
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())})") from None
     image_tokenizer = ImageTokenizer.from_pretrained(path / IMAGE_TOKENIZER)
-    model.to(device)  # type: ignore[arg-type]
-    return ModelFolder(model.eval(), text_tokenizer, image_tokenizer)
+    return ModelFolder(model, text_tokenizer, image_tokenizer).to(device)

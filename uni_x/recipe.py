@@ -344,6 +344,12 @@ class ScenesSection(Section):
     texts: PositiveInt
     """Sentences without a picture."""
 
+    def at_most(self, limit: int | None) -> "ScenesSection":
+        """The same with no more than `limit` of each."""
+        if limit is None:
+            return self
+        return ScenesSection(**{name: min(count, limit) for name, count in self.model_dump().items()})
+
 
 class ScenesEvaluationSection(Section):
     """How the quickstart's model is tested."""

@@ -18,8 +18,7 @@ import yaml
 from PIL import Image
 
 from uni_x import scenes
-from uni_x.data.encode import encode
-from uni_x.data.schema import Message, SourceRow
+from uni_x.devices import choose_device
 from uni_x.evaluation.scenes import (
     Answer,
     Drawing,
@@ -34,7 +33,6 @@ from uni_x.generation.pipeline import UniXPipeline
 from uni_x.recipe import (
     QuickstartRecipe,
     ScenesEvaluationSection,
-    ScenesSection,
     TrainRecipe,
     apply_override,
     check_recipe,
@@ -43,6 +41,7 @@ from uni_x.runs import RunFolder, write_atomically
 from uni_x.train.callbacks import read_metrics
 from uni_x.train.run import load_image_tokenizer, make_start, train
 from uni_x.workflows.report import write_report
+from uni_x.workflows.sources import encode_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,8 @@ def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | N
 
     with stages.run("scenes") as report:
         if report is not None:
-            make_data(recipe.scenes, recipe.seed, run.path / "scenes", recipe_of_training.image_tokenizer, report)
+            tokenizer = load_image_tokenizer(recipe_of_training.image_tokenizer)
+            encode_scenes(recipe.scenes, recipe.seed, run.path / "scenes", tokenizer, report)
     with stages.run("train") as report:
         if report is not None:
             _train(recipe_of_training, run.path / "model", report)
@@ -159,49 +159,6 @@ class Stages:
             write_atomically(self.file, json.dumps(self.entries, indent=2))
 
 
-def make_data(
-    amounts: ScenesSection,
-    seed: int,
-    folder: Path,
-    image_tokenizer: str,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> None:
-    """Draws the scenes and encodes them into `drawing`, `looking` and `text` below `folder`."""
-    tokenizer = load_image_tokenizer(image_tokenizer)
-    kinds: dict[str, tuple[Iterable[scenes.SourceRow], int]] = {
-        "drawing": (scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)), amounts.drawings),
-        "looking": (scenes.looking_rows(scenes.looking_samples(amounts.looking, seed)), amounts.looking),
-        "text": (scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
-    }
-    total = sum(count for _, count in kinds.values())
-    before = 0
-    for kind, (rows, count) in kinds.items():
-        source = f"scenes {kind}, {count} from seed {seed}"
-        start = before
-
-        def report(summary: Any, start: int = start, kind: str = kind) -> None:
-            if progress is not None:
-                progress(start + summary.read, total, kind)
-
-        encode((to_source_row(row, kind) for row in rows), tokenizer, folder / kind, source=source, progress=report)
-        before += count
-
-
-def to_source_row(row: scenes.SourceRow, source: str) -> SourceRow:
-    """A row of the scenes as the data layer takes it."""
-    messages = [
-        Message(role, text) for turn in row.turns for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return SourceRow(
-        id=row.id,
-        images=() if row.image is None else (row.image,),
-        caption=None if messages else row.caption,
-        messages=tuple(messages) or None,
-        text=row.text,
-        source=source,
-    )
-
-
 def _training(recipe: QuickstartRecipe, out: Path) -> TrainRecipe:
     """The recipe of the training stage, with its folders below the run's."""
     data = recipe.train.data
@@ -229,28 +186,33 @@ def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, rep
         for task in (scenes.HELD_OUT_KINDS if held_out else scenes.TASKS)
         for prompt in scenes.drawing_prompts(task, settings.prompts_per_task, settings.seed, held_out)
     ]
-    trained = UniXPipeline.from_pretrained(out / "model")
-    drawings = draw_scenes(
-        trained, prompts, settings.pictures_per_prompt, settings.seed, lambda d, t: report(d, 2 * t, "trained")
-    )
-    _save_drawings(drawings, settings.pictures_per_prompt, out / "samples")
-    untrained = draw_scenes(
-        UniXPipeline(make_start(recipe)),
-        prompts,
-        settings.pictures_per_prompt,
-        settings.seed,
-        lambda d, t: report(t + d, 2 * t, "untrained"),
-    )
-    scores = {"trained": drawing_scores(drawings), "untrained": drawing_scores(untrained)}
+    scores = {}
+    for number, (name, pipeline) in enumerate(_contestants(recipe, out).items()):
+
+        def progress(done: int, total: int, before: int = number, name: str = name) -> None:
+            report(before * total + done, 2 * total, name)
+
+        drawings = draw_scenes(pipeline, prompts, settings.pictures_per_prompt, settings.seed, progress)
+        scores[name] = drawing_scores(drawings)
+        if name == "trained":
+            _save_drawings(drawings, settings.pictures_per_prompt, out / "samples")
     write_atomically(out / "scores-draw.json", json.dumps(scores, indent=2))
+
+
+def _contestants(recipe: TrainRecipe, out: Path) -> dict[str, UniXPipeline]:
+    """The trained model, and the one that training started from."""
+    device = choose_device(recipe.device)
+    return {
+        "trained": UniXPipeline.from_pretrained(out / "model", device),
+        "untrained": UniXPipeline(make_start(recipe).to(device)),
+    }
 
 
 def _answer(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Callable[..., None]) -> None:
     yes_no = scenes.yes_no_questions(settings.questions, settings.seed)
     choices = scenes.multiple_choice_questions(settings.questions, settings.seed)
     scores = {}
-    pipelines = {"trained": UniXPipeline.from_pretrained(out / "model"), "untrained": UniXPipeline(make_start(recipe))}
-    for number, (name, pipeline) in enumerate(pipelines.items()):
+    for number, (name, pipeline) in enumerate(_contestants(recipe, out).items()):
         answers = _ask_everything(pipeline, yes_no, choices, settings.seed)
         scores[name] = answer_scores(*answers)
         if name == "trained":

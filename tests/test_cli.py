@@ -1,0 +1,241 @@
+"""The command line as a user meets it. Most calls run in this process, since each new one imports for seconds."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from transformers import AutoModelForCausalLM
+
+from uni_x import cli
+
+RunCommand = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def uni_x(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """Runs `uni-x` with the given words; returns exit code, output and errors."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["uni-x", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of a user's own: discs and squares in two colours, with captions, and one that is broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        picture = Image.new("RGB", (40, 32), "white")
+        colour, shape = ("red", "blue")[index % 2], ("disc", "square")[index // 2 % 2]
+        left, top = rng.integers(2, 12, size=2).tolist()
+        pen = ImageDraw.Draw(picture)
+        (pen.ellipse if shape == "disc" else pen.rectangle)((left, top, left + 16, top + 16), fill=colour)
+        picture.save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(f"a {colour} {shape}")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "broken.txt").write_text("nothing")
+    Image.new("RGB", (32, 32)).save(folder / "silent.png")
+    return folder
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = "import sys, uni_x, uni_x.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_public_names_load_on_first_use() -> None:
+    import uni_x as package
+
+    assert package.UniXConfig.model_type == "uni_x"
+    assert {"UniXConfig", "UniXForCausalLM", "ImageTokenizer", "Engine", "Sample"} <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'Unicorn'"):
+        _ = package.Unicorn
+
+
+def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pictures: Path, tmp_path: Path) -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    tokenizer, data, run = tmp_path / "tokenizer", tmp_path / "data", tmp_path / "run"
+    small = "{kind: patch, patch_size: 8, embed_dim: 8, encoder_sizes: [32], decoder_sizes: [32]}"
+    words = ["tokenizer", "train", recipes / "pictures-tokenizer.yaml", f"source={pictures}", "--out", tokenizer]
+    words += ["eval_pictures=4", "tokenizer.resolution=32", "tokenizer.codebook_size=16", f"tokenizer.network={small}"]
+    words += ["training.steps=40", "training.continuous_steps=10"]
+    code, out, err = uni_x(*words)
+    assert code == 0, err
+    assert "PSNR" in out
+    assert (tokenizer / "reconstructions.png").is_file()
+
+    encode = ["encode", pictures, "--image-tokenizer", tokenizer / "tokenizer", "--out", data]
+    code, out, err = uni_x(*encode)
+    assert code == 0, err
+    assert "26 read = 24 written + 2 rejected" in out
+    reasons = (data / "rejects.jsonl").read_text()
+    assert "broken.jpg" in reasons
+    assert "silent.png" in reasons
+
+    train = ["train", recipes / "pictures.yaml", f"run={run}", f"image_tokenizer={tokenizer / 'tokenizer'}"]
+    train += [f"data.sources=[{{path: {data}}}]", "data.max_length=256", "data.rows_per_epoch=4", "trainer.max_steps=6"]
+    train += ["trainer.logging_steps=2", "trainer.save_steps=3", "model.hidden_size=32", "device=cpu"]
+    code, out, err = uni_x(*train)
+    assert code == 0, err
+    assert isinstance(AutoModelForCausalLM.from_pretrained(run / "model").config.plan, list)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+    code, out, err = uni_x(*train)
+    assert code == 0, err
+    assert "finished already" in out
+
+    drawing = tmp_path / "drawing.png"
+    code, out, err = uni_x("generate", run / "model", "a red disc", "--out", drawing, "--device", "cpu")
+    assert code == 0, err
+    assert Image.open(drawing).size == (32, 32)
+    first = drawing.read_bytes()
+    uni_x("generate", run / "model", "a red disc", "--out", drawing, "--device", "cpu")
+    assert drawing.read_bytes() == first
+    code, out, err = uni_x("generate", run / "model", "what is it?", "--image", pictures / "00.png", "--device", "cpu")
+    assert code == 0, err
+    code, out, err = uni_x("generate", run / "model", "a red", "--text", "--max-new-tokens", "3", "--device", "cpu")
+    assert code == 0, err
+    assert out.startswith("a red")
+
+    code, out, err = uni_x("info", run / "model")
+    assert code == 0, err
+    assert "uni-x(first=1, last=1): 4 layers, hidden size 32" in out
+
+    code, _, err = uni_x(*train, "model.hidden_size=64")
+    assert code == 1
+    assert "was made by another recipe (model.hidden_size differ)" in err
+    code, _, err = uni_x(*encode[:-1], data, "--limit", "3")
+    assert code == 1
+    assert "made with another source" in err
+    for wrong, message in (
+        (pictures / "broken.jpg", "cannot be read as a picture"),
+        (tmp_path / "absent.png", "no such picture"),
+    ):
+        code, _, err = uni_x("generate", run / "model", "what is it?", "--image", wrong)
+        assert (code, err.count("\n")) == (1, 1)
+        assert message in err
+    (run / "model" / "image_tokenizer" / "config.json").unlink()
+    code, _, err = uni_x("generate", run / "model", "a red disc", "--out", drawing)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "image_tokenizer" in err
+
+
+RECIPE = "data: {sources: [{path: absent}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (None, [], "no such recipe"),
+        ("[1, 2]", [], "a recipe is a mapping"),
+        ("a: [", [], "not valid YAML"),
+        (RECIPE + "modle: {}", [], "unknown key 'modle'; the nearest known key is 'model'"),
+        (RECIPE, ["model.hiden_size=8"], "unknown key 'model.hiden_size'; the nearest known key is 'hidden_size'"),
+        (RECIPE, ["model.hidden_size=-8"], "model.hidden_size: Input should be greater than 0 (got -8)"),
+        (RECIPE, ["model.preset=uni-y"], "unknown plan 'uni-y'; the nearest known one is 'uni-x'"),
+        (RECIPE, ["trainer.max_stepz=8"], "trainer.max_stepz: not an argument of transformers' TrainingArguments"),
+        (RECIPE, ["trainer.output_dir=x"], "trainer.output_dir: the recipe settles this elsewhere"),
+        (RECIPE, ["device=tpu9"], "device 'tpu9' cannot be used here"),
+        (RECIPE, [], "absent"),
+        ("run: x", [], "the key 'data' is missing"),
+        (RECIPE, ["image_tokenizer=absent"], "absent"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_clear_line(
+    uni_x: RunCommand, tmp_path: Path, recipe: str | None, overrides: list[str], message: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    if recipe is not None:
+        file.write_text(recipe)
+    code, _, err = uni_x("train", file, *overrides, f"run={tmp_path / 'run'}")
+    assert (code, err.count("\n")) == (1, 1), err
+    assert err.startswith("error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "Missing argument"),
+        (["draw"], "No such command 'draw'"),
+        (["train", "recipe.yaml", "max_steps"], "an override has the form key=value"),
+        (["generate", "model", "a heart", "--number", "0"], "not in the range"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    code, _, err = uni_x(*words)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "absent", "a heart"], "absent: not a model folder"),
+        (["info", "absent"], "absent: neither a model folder nor a recipe"),
+        (["encode", "absent", "--out", "data"], "absent: no such folder"),
+        (["encode", "absent", "--out", "data", "--image-tokenizer", "none"], "none"),
+        (["quickstart", "--out", "file"], "file: cannot be used as a run folder"),
+        (["quickstart", "train.model.preset=uni-y", "--out", "run"], "unknown plan 'uni-y'"),
+        (["quickstart", "scnes.texts=3", "--out", "run"], "unknown key 'scnes'; the nearest known key is 'scenes'"),
+    ],
+)
+def test_what_is_missing_is_one_clear_line(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    code, _, err = uni_x(*words)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert message in err
+
+
+def test_a_missing_extra_says_which_to_install(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uni_x.scenes import pictures
+
+    pictures.tile.cache_clear()
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    code, _, err = uni_x("quickstart", "--smoke", "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "pip install 'uni-x[quickstart]'" in err
+
+
+def test_too_small_a_disk_is_named_beforehand(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uni_x import runs
+
+    usage = runs.shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
+    code, _, err = uni_x("quickstart", "--smoke", "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "the disk has 1 MB free, this run needs 300 MB" in err
+
+
+def test_env_tells_versions_and_devices(uni_x: RunCommand) -> None:
+    code, out, _ = uni_x("env")
+    assert code == 0
+    assert {"python", "torch", "transformers", "device", "dtype"} <= {line.split(":")[0] for line in out.splitlines()}
