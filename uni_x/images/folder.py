@@ -8,11 +8,11 @@ from PIL import Image
 
 from uni_x.errors import DataError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 class PictureFolder(Sequence[Image.Image]):
-    """The readable PNG, JPEG and WebP pictures below a folder; each is opened anew when asked for.
+    """The readable pictures below a folder; each is opened anew when asked for.
 
     Every file is decoded once at the start, so that a broken one turns up here and not in the middle of a run.
 
@@ -31,7 +31,7 @@ class PictureFolder(Sequence[Image.Image]):
             raise DataError(f"{folder}: no such folder of pictures")
         self.paths: list[Path] = []
         self.unreadable: list[tuple[Path, str]] = []
-        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES):
             if limit is not None and len(self.paths) >= limit:
                 break
             try:
@@ -42,7 +42,7 @@ class PictureFolder(Sequence[Image.Image]):
                 self.paths.append(path)
         if not self.paths:
             found = f"{len(self.unreadable)} pictures, none of them readable" if self.unreadable else "no pictures"
-            raise DataError(f"{folder}: {found} (looked for {', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"{folder}: {found} (looked for {', '.join(sorted(PICTURE_SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -10,31 +10,27 @@ from uni_x.scenes.catalogue import (
     HELD_OUT_COLOURS,
     KINDS,
     NUMBERS,
-    OPPOSITE,
     may_meet,
     training_colours,
     with_article,
 )
-from uni_x.scenes.geometry import directions
 from uni_x.scenes.world import Scene
 
-YES_NO_TOPICS = ("exists", "exists_coloured", "relation")
-OPEN_TOPICS = ("colour", "count", "coloured", "present", "neighbour")
+YES_NO_TOPICS = ("exists", "exists_coloured")
+OPEN_TOPICS = ("colour", "count", "coloured", "present")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question on one topic; `object`, `colour`, `relation` and `other` are what it mentions.
+    """A question on one topic; `object` and `colour` are what it mentions.
 
-    Topics with a yes or no: `exists`, `exists_coloured`, `relation`; open ones: `colour`, `count`, `coloured` (what
-    object is red), `present` (what object is there), `neighbour` (what object is left of the heart).
+    Topics with a yes or no: `exists`, `exists_coloured`; open ones: `colour`, `count`, `coloured` (what object is red),
+    `present` (what object is there).
     """
 
     topic: str
     object: str = ""
     colour: str = ""
-    relation: str = ""
-    other: str = ""
 
     @property
     def text(self) -> str:
@@ -44,24 +40,20 @@ class Question:
                 return f"is there {with_article(self.object)}?"
             case "exists_coloured":
                 return f"is there {with_article(f'{self.colour} {self.object}')}?"
-            case "relation":
-                return f"is the {self.object} {self.relation} the {self.other}?"
             case "colour":
                 return f"what colour is the {self.object}?"
             case "count":
                 return f"how many {KINDS[self.object].plural} are there?"
             case "coloured":
                 return f"what object is {self.colour}?"
-            case "present":
-                return "what object is in the picture?"
             case _:
-                return f"what object is {self.relation} the {self.object}?"
+                return "what object is in the picture?"
 
     def answers(self, scene: Scene) -> tuple[str, ...]:
         """All the true one-word answers; none where the question does not fit the scene.
 
-        A question fits if what it speaks of is there once (`the heart`), and for `relation` if the relation or its
-        opposite holds. With several true answers a question needs options of which one alone is true.
+        A question fits if what it speaks of is there once (`the heart`). With several true answers a question needs
+        options of which one alone is true.
         """
         match self.topic:
             case "exists":
@@ -69,8 +61,6 @@ class Question:
             case "exists_coloured":
                 colours = {thing.colour for thing in scene.all_of(self.object)}
                 return ("yes",) if self.colour in colours else ("no",)
-            case "relation":
-                return self._relation(scene)
             case "colour":
                 things = scene.all_of(self.object)
                 return (things[0].colour,) if len(things) == 1 and things[0].colour else ()
@@ -81,10 +71,8 @@ class Question:
                 if any(self.colour in KINDS[name].looks for name in scene.objects):
                     return ()
                 return tuple(dict.fromkeys(thing.object for thing in scene.things if thing.colour == self.colour))
-            case "present":
-                return scene.objects
             case _:
-                return self._neighbours(scene)
+                return scene.objects
 
     def candidates(self) -> tuple[str, ...]:
         """What an open question may have for an answer, held-out combinations left out."""
@@ -97,30 +85,7 @@ class Question:
                 return tuple(name for name in COLOURABLE if (name, self.colour) not in HELD_OUT_COLOURS)
             case "present":
                 return tuple(KINDS)
-            case "neighbour":
-                return tuple(name for name in KINDS if name != self.object and may_meet(name, self.object))
         return ("yes", "no")
-
-    def _relation(self, scene: Scene) -> tuple[str, ...]:
-        things, others = scene.all_of(self.object), scene.all_of(self.other)
-        if len(things) != 1 or len(others) != 1:
-            return ()
-        held = directions(things[0].box, others[0].box)
-        if self.relation in held:
-            return ("yes",)
-        return ("no",) if OPPOSITE[self.relation] in held else ()
-
-    def _neighbours(self, scene: Scene) -> tuple[str, ...]:
-        anchors = scene.all_of(self.object)
-        if len(anchors) != 1:
-            return ()
-        return tuple(
-            dict.fromkeys(
-                thing.object
-                for thing in scene.things
-                if thing is not anchors[0] and self.relation in directions(thing.box, anchors[0].box)
-            )
-        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from uni_x.errors import InputError
-from uni_x.scenes.catalogue import COLOURABLE, COLOURS, KINDS, NUMBERS, RELATIONS, training_colours
+from uni_x.scenes.catalogue import COLOURABLE, COLOURS, KINDS, NUMBERS, training_colours
 from uni_x.scenes.dice import pick, shuffled
 from uni_x.scenes.looking import Look, looking_scene, yes_no_question
 from uni_x.scenes.questions import OPEN_TOPICS, YES_NO_TOPICS, Choice, Question, compatible
@@ -113,21 +113,14 @@ def _asked(rng: np.random.Generator, topic: str) -> tuple[Question, Scene]:
 
 def _denying(rng: np.random.Generator, question: Question) -> Scene:
     """A scene that says no, and makes it hard where it can."""
-    match question.topic:
-        case "exists":
-            return looking_scene(rng, absent=[question.object])
-        case "exists_coloured":
-            others = [colour for colour in training_colours(question.object) if colour != question.colour]
-            wearers = [name for name in COLOURABLE if question.colour in training_colours(name)]
-            other = pick(rng, [name for name in wearers if name != question.object])
-            if rng.random() < 0.7:
-                return looking_scene(rng, [(question.object, pick(rng, others))])
-            return looking_scene(rng, [(other, question.colour)], absent=[question.object])
-        case _:
-            return _until(
-                lambda: looking_scene(rng, [question.object, question.other]),
-                lambda scene: question.answers(scene) == ("no",),
-            )
+    if question.topic == "exists":
+        return looking_scene(rng, absent=[question.object])
+    others = [colour for colour in training_colours(question.object) if colour != question.colour]
+    wearers = [name for name in COLOURABLE if question.colour in training_colours(name)]
+    other = pick(rng, [name for name in wearers if name != question.object])
+    if rng.random() < 0.7:
+        return looking_scene(rng, [(question.object, pick(rng, others))])
+    return looking_scene(rng, [(other, question.colour)], absent=[question.object])
 
 
 def _with_options(rng: np.random.Generator, topic: str) -> tuple[Question, tuple[str, ...]]:
@@ -138,10 +131,8 @@ def _with_options(rng: np.random.Generator, topic: str) -> tuple[Question, tuple
             question = Question(topic, pick(rng, tuple(KINDS)))
         case "coloured":
             question = Question(topic, colour=pick(rng, tuple(COLOURS)))
-        case "present":
-            question = Question(topic)
         case _:
-            question = Question(topic, pick(rng, tuple(KINDS)), relation=pick(rng, RELATIONS))
+            question = Question(topic)
     options: list[str] = []
     for candidate in shuffled(rng, question.candidates()):
         if len(options) < 4 and compatible(options, candidate):
@@ -162,10 +153,8 @@ def _scene_for(rng: np.random.Generator, question: Question, options: Sequence[s
             required = [(look.object, look.colour)] * NUMBERS.index(answer)
         case "coloured":
             required = [(answer, question.colour)]
-        case "present":
-            required = [answer]
         case _:
-            required = [question.object, answer, pick(rng, false)]
+            required = [answer]
     absent = false if question.topic == "present" else []
     return _until(
         lambda: looking_scene(rng, required, absent),

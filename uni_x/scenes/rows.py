@@ -29,10 +29,10 @@ def drawing_rows(samples: Iterable[DrawingSample]) -> Iterator[SourceRow]:
 
 
 def looking_rows(samples: Iterable[LookingSample]) -> Iterator[SourceRow]:
-    """Pictures of 128 x 128 pixels with questions, answers and a caption that describes all there is."""
+    """Pictures of 128 x 128 pixels with questions and answers."""
     for index, sample in enumerate(samples):
         turns = tuple((turn.question, turn.answer) for turn in sample.turns)
-        yield SourceRow(f"look-{index:06d}", compose(sample.scene), caption=sample.description, turns=turns)
+        yield SourceRow(f"look-{index:06d}", compose(sample.scene), turns=turns)
 
 
 def text_rows(texts: Iterable[str]) -> Iterator[SourceRow]:

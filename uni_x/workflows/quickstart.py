@@ -9,8 +9,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ PICTURES_SHOWN = 6  # pictures kept of the questions of each topic
 Progress = Callable[[str, int, int, str], None]
 """Told the stage, how much of it is done, how much there is, and a word on it."""
 
+Report = Callable[[int, int, str], None]
+"""As `Progress`, of one stage."""
+
 
 def load_quickstart_recipe(smoke: bool = False, overrides: Sequence[str] = ()) -> QuickstartRecipe:
     """The recipe of the quickstart, or of its smoke test, with `key.key=value` overrides."""
@@ -74,27 +77,12 @@ def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | N
     if run.results_file.exists() and run.report_file.exists():
         return run, True
     run.log_to_file()
+    training = _training(recipe, run.path)
     stages = Stages(run.path / "stages.json", progress)
-    recipe_of_training = _training(recipe, run.path)
-
-    with stages.run("scenes") as report:
-        if report is not None:
-            tokenizer = load_image_tokenizer(recipe_of_training.image_tokenizer)
-            encode_scenes(recipe.scenes, recipe.seed, run.path / "scenes", tokenizer, report)
-    with stages.run("train") as report:
-        if report is not None:
-            _train(recipe_of_training, run.path / "model", report)
-    with stages.run("draw") as report:
-        if report is not None:
-            _draw(recipe.evaluation, recipe_of_training, run.path, report)
-    with stages.run("answer") as report:
-        if report is not None:
-            _answer(recipe.evaluation, recipe_of_training, run.path, report)
-    with stages.run("report") as report:
-        if report is not None:
-            run.write_results(collect_results(run.path, stages.seconds, recipe))
-            write_report(run.path)
-    # the seconds of the last stage are known only now
+    stages.run("scenes", partial(_encode, recipe, run.path))
+    stages.run("train", partial(_train, training, run.path))
+    stages.run("draw", partial(_draw, recipe.evaluation, training, run.path))
+    stages.run("answer", partial(_answer, recipe.evaluation, training, run.path))
     run.write_results(collect_results(run.path, stages.seconds, recipe))
     write_report(run.path)
     return run, False
@@ -136,12 +124,10 @@ class Stages:
         """Seconds by stage."""
         return {name: entry["seconds"] for name, entry in self.entries.items()}
 
-    @contextmanager
-    def run(self, name: str) -> Iterator[Callable[[int, int, str], None] | None]:
-        """Gives what to report progress to, or None where the stage is done already."""
+    def run(self, name: str, work: Callable[[Report], None]) -> None:
+        """Does the work of a stage, unless it is done already."""
         entry = self.entries.setdefault(name, {"seconds": 0.0, "done": False})
         if entry["done"]:
-            yield None
             return
         logger.info("stage %s", name)
         before, start = entry["seconds"], time.perf_counter()
@@ -151,8 +137,7 @@ class Stages:
                 self.progress(name, done, total, word)
 
         try:
-            report(0, 1)
-            yield report
+            work(report)
             entry["done"] = True
         finally:
             entry["seconds"] = before + time.perf_counter() - start
@@ -172,14 +157,18 @@ def _training(recipe: QuickstartRecipe, out: Path) -> TrainRecipe:
     )
 
 
-def _train(recipe: TrainRecipe, model_dir: Path, report: Callable[[int, int, str], None]) -> None:
-    if model_dir.exists():
-        return
-    trained = train(recipe, lambda done, total, losses: report(done, total, losses_in_words(losses)))
-    os.replace(trained.model_dir, model_dir)
+def _encode(recipe: QuickstartRecipe, out: Path, report: Report) -> None:
+    tokenizer = load_image_tokenizer(recipe.train.image_tokenizer)
+    encode_scenes(recipe.scenes, recipe.seed, out / "scenes", tokenizer, report)
 
 
-def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Callable[..., None]) -> None:
+def _train(recipe: TrainRecipe, out: Path, report: Report) -> None:
+    if not (out / "model").exists():
+        trained = train(recipe, lambda done, total, losses: report(done, total, losses_in_words(losses)))
+        os.replace(trained.model_dir, out / "model")
+
+
+def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Report) -> None:
     prompts = [
         prompt
         for held_out in (False, True)
@@ -208,7 +197,7 @@ def _contestants(recipe: TrainRecipe, out: Path) -> dict[str, UniXPipeline]:
     }
 
 
-def _answer(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Callable[..., None]) -> None:
+def _answer(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, report: Report) -> None:
     yes_no = scenes.yes_no_questions(settings.questions, settings.seed)
     choices = scenes.multiple_choice_questions(settings.questions, settings.seed)
     scores = {}

@@ -75,14 +75,14 @@ def encode_scenes(
 
 
 def to_source_row(row: scenes.SourceRow, source: str) -> SourceRow:
-    """A row of the scenes as the data layer takes it; questions go before the caption."""
+    """A row of the scenes as the data layer takes it."""
     messages = [
         Message(role, text) for turn in row.turns for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     return SourceRow(
         id=row.id,
         images=() if row.image is None else (row.image,),
-        caption=None if messages else row.caption,
+        caption=row.caption,
         messages=tuple(messages) or None,
         text=row.text,
         source=source,
