@@ -15,7 +15,7 @@ from uni_x.scenes.drawing import describe
 from uni_x.scenes.questions import Choice, Question, compatible
 from uni_x.scenes.world import CELLS, Scene, Thing
 
-MOST_THINGS = 5
+MOST_KINDS = 3
 DESCRIBE = "what is in the picture?"
 
 Look = tuple[str, str | None]  # an object and its colour
@@ -71,7 +71,7 @@ def looking_samples(count: int, seed: int, turns: int = 8) -> Iterator[LookingSa
 
 
 def looking_scene(rng: np.random.Generator, required: Sequence[str | Look] = (), absent: Sequence[str] = ()) -> Scene:
-    """A scene of one to five things, all colours and pairs from training.
+    """A scene of one to three kinds of things, one of them up to four times; all colours and pairs from training.
 
     `required` lists things that must be there, as an object or an object with its colour, `absent` objects that must
     not. Without them one object may be there several times, all alike.
@@ -80,7 +80,7 @@ def looking_scene(rng: np.random.Generator, required: Sequence[str | Look] = (),
     if not looks:
         looks = [_look(rng, _another(rng, [], absent))] * pick_weighted(rng, _GROUPS)
     names = list(dict.fromkeys(name for name, _ in looks))
-    for _ in range(int(rng.integers(len(looks), MOST_THINGS + 1)) - len(looks)):
+    for _ in range(int(rng.integers(len(names), MOST_KINDS + 1)) - len(names)):
         names.append(_another(rng, names, absent))
         looks.append(_look(rng, names[-1]))
     cells = rng.permutation(CELLS * CELLS)[: len(looks)].tolist()

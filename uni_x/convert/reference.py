@@ -1,0 +1,125 @@
+"""Reads checkpoints in the layout of the published research code.
+
+Which of its architectures a checkpoint has is told by the names of its weights. What text tokens use keeps its name;
+what image tokens have of their own moves below `image` of the same layer.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from uni_x.errors import DataError
+from uni_x.model import UniXConfig, UniXForCausalLM
+
+logger = logging.getLogger(__name__)
+
+KEPT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def load_reference(folder: str | Path, image_token_offset: int | None = None) -> UniXForCausalLM:
+    """A model from a folder with `config.json` and safetensors in the published layout, in eval mode.
+
+    Args:
+        folder: the checkpoint.
+        image_token_offset: id of image code 0, for dense checkpoints, whose configuration does not say it.
+
+    Raises:
+        DataError: for a missing file, or weights that do not fit the configuration.
+    """
+    folder = Path(folder)
+    settings, weights = _read(folder)
+    offset = settings.get("real_text_vocab_size", image_token_offset)
+    config = _config(settings, weights, settings["vocab_size"] if offset is None else offset)
+    model = UniXForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(_rename_all(weights, config), strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for problem, names in (("lacks", sorted(set(missing) - tied)), ("has the unknown", sorted(unexpected))):
+        if names:
+            raise DataError(f"{folder}: the checkpoint {problem} {', '.join(names[:3])} ({len(names)} in all)")
+    model.tie_weights()
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config_file, files = folder / "config.json", sorted(folder.glob("model*.safetensors"))
+    if not config_file.is_file() or not files:
+        raise DataError(f"{folder}: a checkpoint holds config.json and model.safetensors")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return json.loads(config_file.read_text()), weights
+
+
+def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], offset: int) -> UniXConfig:
+    first_layer = "model.layers.0.self_attn"
+    marker = settings.get("vision_start_id")
+    codes = min(settings.get("vision_vocab_size", 0), settings["vocab_size"] - offset)
+    return UniXConfig(
+        **{name: settings[name] for name in KEPT_SIZES if name in settings},
+        **_plan(settings, " ".join(weights)),
+        head_dim=settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
+        rope_parameters=_rope(settings),
+        attention_bias=f"{first_layer}.q_proj.bias" in weights,
+        qk_norm=f"{first_layer}.q_norm.weight" in weights,
+        tie_word_embeddings="lm_head.weight" not in weights,
+        image_token_offset=offset,
+        image_codebook_size=codes,
+        vision_start_token_id=marker if marker is not None and marker < offset else None,
+    )
+
+
+def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
+    if "rope_parameters" in settings:
+        return dict(settings["rope_parameters"])
+    return {"rope_type": "default", **(settings.get("rope_scaling") or {}), "rope_theta": settings["rope_theta"]}
+
+
+def _plan(settings: Mapping[str, Any], names: str) -> dict[str, Any]:
+    """The preset or the plan that has the weights' names."""
+    if "vision_encode_layers" in names or "vision_decode_layers" in names:
+        ends = {"first": settings["num_vision_encode_layers"], "last": settings["num_vision_decode_layers"]}
+        if "mlp.share_gate_proj" not in names and "mlp.vision_gate_proj" not in names:
+            return {"preset": "uni-x", "preset_arguments": ends}
+        sizes = {"image_ffn_size": settings["ffn_vision_size"], "shared_ffn_size": settings["ffn_share_size"]}
+        return {"preset": "uni-share", "preset_arguments": ends | sizes}
+    if "self_attn.vis_q_proj" in names:
+        # the published MoT shares its layer norms and its output projection
+        layer = {"qkv": "separate", "ffn": "separate", "image_ffn_size": settings["ffn_vision_size"]}
+        return {"plan": [layer] * settings["num_hidden_layers"]}
+    if "mlp.vis_gate_proj" in names:
+        return {"preset": "moe", "preset_arguments": {"step": settings["decoder_sparse_step"]}}
+    return {"preset": "shared"}
+
+
+def rename(name: str, config: UniXConfig) -> str:
+    """The name here of a weight of the published layout."""
+    last = (config.preset_arguments or {}).get("last", 0)
+    start = config.num_hidden_layers - last
+    name = re.sub(r"^model\.vision_encode_layers\.(\d+)", r"model.layers.\1.image", name)
+    name = re.sub(r"^model\.vision_decode_layers\.(\d+)", lambda m: f"model.layers.{start + int(m[1])}.image", name)
+    name = re.sub(r"\.(self_attn|mlp)\.(?:vis|vision)_", r".image.\1.", name)
+    return name.replace(".mlp.share_", ".shared_mlp.")
+
+
+def _rename_all(weights: Mapping[str, torch.Tensor], config: UniXConfig) -> dict[str, torch.Tensor]:
+    # vis_o_proj is stored, but no computation of the published code uses it
+    return {rename(name, config): weight for name, weight in weights.items() if not name.endswith("vis_o_proj.weight")}
