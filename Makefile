@@ -1,10 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# the CPU build where the index has one; `make TORCH=torch` takes what the index gives
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# which build of torch to install: see README for the small one without CUDA
 TORCH ?= torch==2.13.0
-EXTRAS := dev
-RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+RUN := HF_HUB_OFFLINE=1 $(BIN)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart smoke test check format clean
@@ -12,29 +12,33 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help:  ## show what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/installed  ## set up .venv with everything that tests and the quickstart need
+install: $(VENV)/quickstart  ## set up .venv with what the quickstart needs
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/quickstart: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e ".[quickstart]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/quickstart
+	$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 quickstart: install  ## train a small Uni-X that draws, looks and answers, and write runs/quickstart/report.html
-	$(RUN) $(BIN)/uni-x quickstart
+	$(RUN)/uni-x quickstart
 
 smoke: install  ## the same in a minute, with next to no training
-	$(RUN) $(BIN)/uni-x quickstart --smoke
+	$(RUN)/uni-x quickstart --smoke
 
-test: install check  ## run every check and every test
-	$(RUN) $(BIN)/python -m pytest
+test: check  ## run every check and every test
+	$(RUN)/python -m pytest
 
-check: install  ## lint and check types
+check: $(VENV)/dev  ## lint and check types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install  ## format the code
+format: $(VENV)/dev  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

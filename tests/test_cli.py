@@ -131,10 +131,15 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
         code, _, err = uni_x("generate", run / "model", "what is it?", "--image", wrong)
         assert (code, err.count("\n")) == (1, 1)
         assert message in err
-    (run / "model" / "image_tokenizer" / "config.json").unlink()
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     code, _, err = uni_x("generate", run / "model", "a red disc", "--out", drawing)
     assert (code, err.count("\n")) == (1, 1)
-    assert "image_tokenizer" in err
+    assert "cannot be loaded" in err
+    (run / "model" / "config.json").write_text("{")
+    for words in (["info", run / "model"], ["generate", run / "model", "a red disc"]):
+        code, _, err = uni_x(*words)
+        assert (code, err.count("\n")) == (1, 1)
 
 
 RECIPE = "data: {sources: [{path: absent}]}\n"
@@ -150,7 +155,13 @@ RECIPE = "data: {sources: [{path: absent}]}\n"
         (RECIPE, ["model.hiden_size=8"], "unknown key 'model.hiden_size'; the nearest known key is 'hidden_size'"),
         (RECIPE, ["model.hidden_size=-8"], "model.hidden_size: Input should be greater than 0 (got -8)"),
         (RECIPE, ["model.preset=uni-y"], "unknown plan 'uni-y'; the nearest known one is 'uni-x'"),
-        (RECIPE, ["trainer.max_stepz=8"], "trainer.max_stepz: not an argument of transformers' TrainingArguments"),
+        (RECIPE, ["model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),
+        (RECIPE, ["model.hidden_size=36"], "gives a head_dim of 9, which must be even"),
+        (RECIPE, ["trainer.max_stepz=8"], "TrainingArguments; the nearest one is 'max_steps'"),
+        (RECIPE, ["trainer.max_steps=abc"], "trainer: "),
+        (RECIPE, ["trainer.eval_strategy=steps"], "trainer"),
+        (RECIPE, ["trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={num_cycle: 1}"], "num_cycle"),
+        (RECIPE, ["seed=5000000000"], "seed: Input should be less than 4294967296"),
         (RECIPE, ["trainer.output_dir=x"], "trainer.output_dir: the recipe settles this elsewhere"),
         (RECIPE, ["device=tpu9"], "device 'tpu9' cannot be used here"),
         (RECIPE, [], "absent"),
@@ -228,7 +239,7 @@ def test_too_small_a_disk_is_named_beforehand(
 ) -> None:
     from uni_x import runs
 
-    usage = runs.shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    usage = runs.shutil._ntuple_diskusage(10**9, 10**9 - 2**20, 2**20)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
     code, _, err = uni_x("quickstart", "--smoke", "--out", tmp_path / "run")
     assert (code, err.count("\n")) == (1, 1), err

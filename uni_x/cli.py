@@ -25,7 +25,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key=value or section.key=value.")]
 Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
 
-STOPPED = 130  # exit code of a command that Ctrl-C ended
+STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 
 
 @app.command()
@@ -59,13 +59,15 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or scenes.")] = "scenes",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Turns pictures into image codes, once, on disk."""
-    from uni_x.train.run import load_image_tokenizer
+    from uni_x.devices import choose_device
+    from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
     from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
 
-    tokenizer = load_image_tokenizer(image_tokenizer)
+    tokenizer = load_image_tokenizer(image_tokenizer).to(choose_device(device))
     with _progress() as progress:
         report = partial(progress, "encode")
         if source == SCENES:
@@ -83,6 +85,7 @@ def tokenizer_train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer and its figures.")] = Path("runs/tokenizer"),
+    device: Device = "auto",
 ) -> None:
     """Trains an image tokenizer on a folder of pictures, or on the scenes."""
     from uni_x.recipe import TokenizerRecipe, load_recipe
@@ -90,7 +93,7 @@ def tokenizer_train(
 
     checked = load_recipe(recipe, TokenizerRecipe, overrides)
     with _progress() as progress:
-        result = train_tokenizer_from(checked, out, progress)
+        result = train_tokenizer_from(checked, out, partial(progress, "tokenizer"), typer.echo, device)
     if result.already_done:
         typer.echo("This run is finished already; give another folder (--out) to train again.")
     quality = result.results["quality"]
@@ -173,9 +176,10 @@ def main() -> None:
     except UniXError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again to go on.", err=True)
-        sys.exit(STOPPED)
+    except SystemExit as exit_:
+        if exit_.code == STOPPED:
+            typer.echo("Stopped. Run the same command again to go on.", err=True)
+        raise
 
 
 def _settle_libraries() -> None:
@@ -190,7 +194,7 @@ def _settle_libraries() -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A progress line a stage, with rate and time left; on a terminal only, otherwise a line now and then."""
+    """A progress line a stage, with rate and time left; where there is no terminal, the name of each stage."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

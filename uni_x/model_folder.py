@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uni_x.errors import DataError
@@ -64,7 +65,7 @@ def load_model_folder(
     try:
         model = UniXForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
         text_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())})") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     image_tokenizer = ImageTokenizer.from_pretrained(path / IMAGE_TOKENIZER)
     return ModelFolder(model, text_tokenizer, image_tokenizer).to(device)

@@ -36,6 +36,8 @@ DESCRIBE_INSTRUCTIONS = (
     "Tell me about this image.\n",
 )
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 
 class Section(BaseModel):
     """Part of a recipe: frozen, strict about its keys."""
@@ -331,7 +333,7 @@ class TrainRecipe(Section):
     trainer: dict[str, Any] = {}
     """Any argument of transformers' TrainingArguments; `max_steps` among them."""
     device: str = "auto"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class ScenesSection(Section):
@@ -364,7 +366,7 @@ class ScenesEvaluationSection(Section):
 class QuickstartRecipe(Section):
     """The recipe of `uni-x quickstart`; the sources of `train` are folders below the run's own."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     scenes: ScenesSection
     train: TrainRecipe
     evaluation: ScenesEvaluationSection = ScenesEvaluationSection()

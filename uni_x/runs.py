@@ -1,5 +1,6 @@
 """Run folders: the recipe that made them, their log, their results, and what is needed to make them again."""
 
+import errno
 import json
 import logging
 import os
@@ -8,12 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from uni_x.errors import RunError
 
@@ -21,30 +24,45 @@ PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy
 
 
 class RunFolder:
-    """A folder that holds one run of one recipe.
+    """A folder that holds one run of one recipe; `begin` makes it one.
 
     Args:
-        path: the folder, made where it does not exist.
+        path: the folder.
         recipe: the resolved recipe. A folder that was made by another one is refused.
-        needs_bytes: free space that the run will want.
 
     Raises:
-        RunError: for a folder of another recipe, one that cannot be written, or a disk without room.
+        RunError: for a folder of another recipe.
     """
 
-    def __init__(self, path: str | Path, recipe: Mapping[str, Any], needs_bytes: int = 0):
+    def __init__(self, path: str | Path, recipe: Mapping[str, Any]):
         self.path = Path(path)
+        self._recipe = dict(recipe)
+        self._refuse_another_recipe()
+
+    def begin(self, needs_bytes: int = 0) -> None:
+        """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
+
+        Raises:
+            RunError: for a folder that cannot be written, or a disk with less room than the run will want.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
         except OSError as error:
             raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
+        free = shutil.disk_usage(self.path).free
         if free < needs_bytes:
             raise RunError(
                 f"{self.path}: the disk has {free / 2**20:.0f} MB free, this run needs {needs_bytes / 2**20:.0f} MB; "
-                "make room or choose another folder with --out"
+                "make room, or choose a folder on another disk"
             )
-        self._settle_recipe(dict(recipe))
+        if not self.recipe_file.exists():
+            write_atomically(self.recipe_file, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
+        self._log_to_file()
+
+    @property
+    def recipe_file(self) -> Path:
+        """What the run was made by."""
+        return self.path / "recipe.yaml"
 
     @property
     def results_file(self) -> Path:
@@ -58,44 +76,60 @@ class RunFolder:
 
     def read_results(self) -> dict[str, Any]:
         """What `write_results` left; empty where nothing is there yet."""
-        return json.loads(self.results_file.read_text()) if self.results_file.exists() else {}
+        return json.loads(self.results_file.read_text(encoding="utf-8")) if self.results_file.exists() else {}
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes the figures together with where they come from."""
         write_atomically(self.results_file, json.dumps({**results, "provenance": provenance()}, indent=2) + "\n")
 
-    def log_to_file(self) -> None:
-        """Sends the package's log to `log.txt`."""
+    def _log_to_file(self) -> None:
         logger = logging.getLogger("uni_x")
         target = (self.path / "log.txt").resolve()
         if any(getattr(handler, "baseFilename", None) == str(target) for handler in logger.handlers):
             return
-        handler = logging.FileHandler(target)
+        handler = logging.FileHandler(target, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
-    def _settle_recipe(self, recipe: dict[str, Any]) -> None:
-        file = self.path / "recipe.yaml"
-        if not file.exists():
-            write_atomically(file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    def _refuse_another_recipe(self) -> None:
+        if not self.recipe_file.is_file():
             return
-        earlier = yaml.safe_load(file.read_text()) or {}
-        if changed := _differences(earlier, recipe):
+        earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
+        if changed := _differences(earlier, self._recipe):
             raise RunError(
                 f"{self.path}: was made by another recipe ({', '.join(changed[:3])} differ); "
-                "choose another folder with --out, or delete this one"
+                "choose another folder, or delete this one"
             )
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a text file so that it is whole or not there. Raises `RunError` where the disk is full."""
-    partial = file.with_name(file.name + ".partial")
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turns a full disk, or a folder that cannot be written, into a `RunError` that names it."""
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        yield
     except OSError as error:
-        raise RunError(f"{file}: cannot be written ({error.strerror})") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{folder}: the disk is full; free some space and run again, it will carry on") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+        raise
+    except SafetensorError as error:
+        raise RunError(f"{folder}: weights cannot be written ({error}); free some space and run again") from None
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Writes a file so that it is whole on the disk or not there. Raises `RunError` where that cannot be done."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with writing_into(file.parent), partial.open("wb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def provenance() -> dict[str, Any]:

@@ -7,8 +7,6 @@ one step that decides whether they are done. `manifest.json` says what the folde
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -23,8 +21,9 @@ import pyarrow.parquet as pq
 
 from uni_x.data.pictures import open_picture
 from uni_x.data.schema import CodeGrid, Rejection, Sample, SourceRow, check_content
-from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes, write_atomically
+from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes
 from uni_x.errors import DataError, RunError
+from uni_x.runs import write_atomically, writing_into
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +104,7 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     if not path.exists():
         if out_dir.is_dir() and any(out_dir.glob("*.parquet")):
             raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
-        with _writing_into(out_dir):
+        with writing_into(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {**manifest, "finished": False})
         return None
@@ -155,7 +154,7 @@ def _encode_shards(
         progress(total)
     lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
     # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
-    _write(out_dir / REJECTS, lines.encode("utf-8", "backslashreplace"))
+    write_atomically(out_dir / REJECTS, lines.encode("utf-8", "backslashreplace"))
     _write_json(out_dir / MANIFEST, {**manifest, "finished": True, "counts": asdict(total)})
     return total
 
@@ -212,7 +211,7 @@ def _write_shard(
     shard.encode_waiting(batch_size)
     record = shard.record()
     metadata = {_RECORD_KEY.decode(): json.dumps(asdict(record))}
-    _write(path, shard_to_bytes(shard.samples, tokenizer.codebook_size, metadata))
+    write_atomically(path, shard_to_bytes(shard.samples, tokenizer.codebook_size, metadata))
     return record
 
 
@@ -292,19 +291,4 @@ def _to_grid(codes: np.ndarray, picture: _Pixels) -> CodeGrid:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _writing_into(path.parent):
-        write_atomically(path, content)
-
-
-@contextlib.contextmanager
-def _writing_into(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{folder}: the disk is full; free some space and run again, it will carry on") from None
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
@@ -44,20 +43,6 @@ def shard_to_bytes(samples: Iterable[Sample], codebook_size: int, metadata: dict
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then moves it into place; what a failure leaves behind is removed."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def shard_paths(folder: Path) -> list[Path]:

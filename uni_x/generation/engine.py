@@ -113,6 +113,9 @@ class Engine:
     @torch.inference_mode()
     def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Log-probability, in nats, of each continuation after its prompt, over the whole vocabulary."""
+        for index, (prompt, continuation) in enumerate(pairs):
+            if not prompt or not continuation:
+                raise InputError(f"pair {index}: prompt and continuation hold one id or more each")
         results = [0.0] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
         for start in range(0, len(order), self.max_rows):

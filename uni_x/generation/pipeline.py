@@ -10,10 +10,11 @@ from PIL import Image
 
 from uni_x.data.render import Renderer, Vocabulary
 from uni_x.data.schema import CodeGrid, Message
+from uni_x.data.shards import codes_dtype
 from uni_x.generation.engine import Engine, Request
 from uni_x.generation.sampling import Sampling
 from uni_x.model_folder import ModelFolder, load_model_folder
-from uni_x.recipe import ImageSampling, RenderOptions
+from uni_x.recipe import ImageSampling, RenderOptions, check_recipe
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class UniXPipeline:
         self.folder = folder
         self.engine = Engine(folder.model, max_rows)
         self.renderer = Renderer(
-            folder.text_tokenizer, Vocabulary.from_config(config), RenderOptions(**(config.rendering or {}))
+            folder.text_tokenizer,
+            Vocabulary.from_config(config),
+            check_recipe(config.rendering or {}, RenderOptions, "the model's config.json, rendering"),
         )
-        self.image_sampling = Sampling(**ImageSampling(**(config.image_sampling or {})).model_dump())
+        sampling = check_recipe(config.image_sampling or {}, ImageSampling, "the model's config.json, image_sampling")
+        self.image_sampling = Sampling(**sampling.model_dump())
 
     @classmethod
     def from_pretrained(
@@ -87,7 +91,7 @@ class UniXPipeline:
     def encode(self, images: Sequence[Image.Image]) -> list[CodeGrid]:
         """Pictures as the codes that the model looks at."""
         codes = self.folder.image_tokenizer.encode(list(images)).numpy()
-        dtype = np.uint16 if self.folder.image_tokenizer.codebook_size <= 2**16 else np.uint32
+        dtype = codes_dtype(self.folder.image_tokenizer.codebook_size)
         height, width = codes.shape[1:]
         return [CodeGrid(grid.reshape(-1).astype(dtype), height, width) for grid in codes]
 

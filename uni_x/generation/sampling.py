@@ -71,8 +71,8 @@ def _keep_nucleus(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverts the cumulative distribution of each row at `uniform` `(rows,)` in [0, 1)."""
-    cumulative = probabilities.double().cumsum(dim=-1)
-    at = uniform.double()[:, None] * cumulative[:, -1:]
+    cumulative = probabilities.cumsum(dim=-1)
+    at = uniform[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, at, right=True).squeeze(1)
     last = probabilities.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
     return torch.minimum(chosen, last)

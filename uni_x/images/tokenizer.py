@@ -173,6 +173,11 @@ def scenes_tokenizer_folder() -> Path:
     return Path(str(files("uni_x.images") / "pretrained" / "scenes"))
 
 
+def load_image_tokenizer(name: str) -> ImageTokenizer:
+    """A tokenizer from its folder, or the one for the scenes by the name `scenes`."""
+    return ImageTokenizer.from_pretrained(scenes_tokenizer_folder() if name == "scenes" else name)
+
+
 def _read_config(path: Path) -> TokenizerConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

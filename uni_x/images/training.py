@@ -23,7 +23,7 @@ from uni_x.images.pixels import Picture, comparison, preprocess
 from uni_x.images.quality import codebook_use, peak_signal_to_noise, structural_similarity
 from uni_x.images.tokenizer import ImageTokenizer
 from uni_x.recipe import TokenizerRecipe, TokenizerTraining
-from uni_x.runs import RunFolder
+from uni_x.runs import RunFolder, writing_into
 
 CHECKPOINT_FILE = "checkpoint.pt"
 TOKENIZER_FOLDER = "tokenizer"
@@ -69,11 +69,13 @@ def train_tokenizer(
 
     samples: Sequence[Picture] = pictures if isinstance(pictures, Sequence) else list(pictures)
     indices, held_out = _hold_out(recipe, samples, held_out)
+    folder.begin()
     with torch.random.fork_rng():
         run = TrainingRun(recipe, device)
         run.resume(checkpoint)
         _train(run, samples, indices, checkpoint, progress)
-    run.tokenizer.save_pretrained(tokenizer_folder, getattr(torch, recipe.stored_as))
+    with writing_into(folder.path):
+        run.tokenizer.save_pretrained(tokenizer_folder, getattr(torch, recipe.stored_as))
     tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).to(device)
     results = {
         "quality": measure_quality(tokenizer, held_out),
@@ -82,7 +84,8 @@ def train_tokenizer(
     }
     shown = tokenizer.preprocess(held_out[:SHOWN])
     sheet = comparison(shown, tokenizer.decode_pixels(tokenizer.encode_pixels(shown)))
-    sheet.save(folder.path / "reconstructions.png")
+    with writing_into(folder.path):
+        sheet.save(folder.path / "reconstructions.png")
     folder.write_results(results)
     checkpoint.unlink(missing_ok=True)
     return TokenizerResult(folder.path, tokenizer, folder.read_results(), already_done=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from uni_x.model.config import UniXConfig
-from uni_x.model.layout import CacheLengths, CacheStep
+from uni_x.model.layout import CacheLengths, CacheStep, TokenLayout
 
 STREAMS = {"all": ("everything",), "own": ("text", "image")}
 
@@ -28,8 +28,8 @@ class Store:
         self._make_room(keys, step.length)
         assert self.keys is not None
         assert self.values is not None
-        self.keys[step.rows, :, step.slots] = keys
-        self.values[step.rows, :, step.slots] = values
+        self.keys[step.rows, :, step.slots] = keys.to(self.keys.dtype)
+        self.values[step.rows, :, step.slots] = values.to(self.values.dtype)
 
     def read(self, step: CacheStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(n, kv_heads, length, head_dim)` of the rows that the step asks about."""
@@ -71,7 +71,7 @@ class UniXCache:
     is_croppable = False
 
     def __init__(self, config: UniXConfig, rows: int, text_capacity: int = 0, image_capacity: int = 0):
-        self.lengths = CacheLengths(rows)
+        self.lengths = CacheLengths.zeros(rows)
         self.columns = 0
         capacity = {"everything": text_capacity + image_capacity, "text": text_capacity, "image": image_capacity}
         self.layers = [
@@ -92,6 +92,11 @@ class UniXCache:
         """For transformers: no layer is a linear-attention layer."""
         return [False] * len(self.layers)
 
+    def advance(self, layout: TokenLayout) -> None:
+        """Counts the tokens of a forward, once all of its layers have stored them."""
+        self.lengths += layout.new_tokens
+        self.columns += layout.shape[1]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of ids seen, padding included: what `generate()` counts."""
         return self.columns
@@ -102,7 +107,7 @@ class UniXCache:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows, in that order; a row may be named several times."""
-        self.lengths.select(np.asarray(rows.cpu()))
+        self.lengths = self.lengths.select(np.asarray(rows.cpu()))
         for stores in self.layers:
             for store in stores.values():
                 store.select(rows if store.keys is None else rows.to(store.keys.device))

@@ -116,6 +116,8 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         if use_cache and cache is None:
             cache = UniXCache(self.config, input_ids.shape[0])
+        if cache is not None and not isinstance(cache, UniXCache):
+            raise InputError(f"this model keeps its own cache: pass a UniXCache, not a {type(cache).__name__}")
         if cache is not None and cache.rows != input_ids.shape[0]:
             raise InputError(f"the cache holds {cache.rows} rows, input_ids {input_ids.shape[0]}")
         layout = build_layout(
@@ -124,7 +126,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         targets = None if labels is None else self._targets(labels, layout)
         hidden = self.model(layout.flatten(input_ids), layout, cache)
         if cache is not None:
-            cache.columns += input_ids.shape[1]
+            cache.advance(layout)
         if targets is not None:
             return self._losses(hidden, targets, num_items_in_batch, cache)
         logits = self._logits(hidden, layout, logits_to_keep, vocabulary_range)
@@ -157,7 +159,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         )
         total, loss_text, loss_image = self.lm_head(hidden, targets, options)
         counts = [torch.tensor(size, device=total.device) for size in targets.sizes]
-        divisor = max(1, sum(targets.sizes)) if items is None else items
+        divisor = max(1, sum(targets.sizes)) if items is None else torch.as_tensor(items).clamp(min=1)
         return UniXOutput(
             loss=total / divisor,
             cache=cache,
@@ -183,6 +185,8 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             )
         first = self.config.image_token_offset
         is_code = (ids >= first) & (ids < first + self.config.image_codebook_size)
+        if self.config.head == "by_modality" and ((ids >= first) & ~is_code).any():
+            raise InputError("labels holds ids behind the last image code, which the head by_modality cannot predict")
         order = np.argsort(is_code, kind="stable")
         codes = int(is_code.sum())
         rows_and_ids = torch.from_numpy(np.stack((rows[order], ids[order]))).to(labels.device)

@@ -73,6 +73,11 @@ class UniXConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim is {self.head_dim} (hidden_size {self.hidden_size} over {self.num_attention_heads} heads); "
+                "rotary embeddings need an even one"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -81,6 +81,7 @@ class TokenLayout:
         sizes: number of text tokens and of image tokens.
         positions: `(tokens,)` place in the document, for the rotary embedding.
         everything, text, image: the streams.
+        new_tokens: how many tokens of each kind each row has.
     """
 
     shape: tuple[int, int]
@@ -90,6 +91,7 @@ class TokenLayout:
     everything: Stream
     text: Stream
     image: Stream
+    new_tokens: "CacheLengths"
 
     def flatten(self, values: torch.Tensor) -> torch.Tensor:
         """`(batch, length, ...)` to `(tokens, ...)` in the order of the layers."""
@@ -102,17 +104,25 @@ class TokenLayout:
         return full.index_copy(0, self.order, values).unflatten(0, (batch, length))
 
 
+@dataclass(frozen=True)
 class CacheLengths:
-    """Number of tokens that a cache holds for each row, in all and by modality, counted on the host."""
+    """Number of tokens of each row, in all and by modality, `(rows,)` each, counted on the host."""
 
-    def __init__(self, rows: int):
-        self.total = np.zeros(rows, dtype=np.int64)
-        self.text = np.zeros(rows, dtype=np.int64)
-        self.image = np.zeros(rows, dtype=np.int64)
+    total: np.ndarray
+    text: np.ndarray
+    image: np.ndarray
 
-    def select(self, rows: np.ndarray) -> None:
-        """Keeps the given rows, in that order."""
-        self.total, self.text, self.image = self.total[rows], self.text[rows], self.image[rows]
+    @classmethod
+    def zeros(cls, rows: int) -> "CacheLengths":
+        """No tokens yet."""
+        return cls(*(np.zeros(rows, dtype=np.int64) for _ in range(3)))
+
+    def __add__(self, other: "CacheLengths") -> "CacheLengths":
+        return CacheLengths(self.total + other.total, self.text + other.text, self.image + other.image)
+
+    def select(self, rows: np.ndarray) -> "CacheLengths":
+        """The given rows, in that order."""
+        return CacheLengths(self.total[rows], self.text[rows], self.image[rows])
 
 
 def build_layout(
@@ -123,7 +133,7 @@ def build_layout(
     document_ids: torch.Tensor | None = None,
     cache_lengths: CacheLengths | None = None,
 ) -> TokenLayout:
-    """Works out the layout of a batch, and counts its tokens into `cache_lengths` where a cache is in use.
+    """Works out the layout of a batch.
 
     Args:
         config: says which ids are image tokens.
@@ -131,7 +141,7 @@ def build_layout(
         attention_mask: `(batch, length)` or longer on the left (the cached part is cut off), 0 for padding.
         position_ids: `(batch, length)`; counted within each document where missing.
         document_ids: `(batch, length)` not decreasing along a row.
-        cache_lengths: what the cache holds already.
+        cache_lengths: what the cache holds already, where one is in use.
 
     Raises:
         InputError: for shapes that do not fit, ids outside the vocabulary, a mask that hides everything, document ids
@@ -159,6 +169,8 @@ def build_layout(
         positions = _counts_within(segments) + past
     else:
         # a single row of positions serves the whole batch
+        if tuple(position_ids.shape) not in ((batch, length), (1, length), (length,)):
+            raise InputError(f"position_ids has the shape {tuple(position_ids.shape)}, not {(batch, length)}")
         positions = np.broadcast_to(_host(position_ids), (batch, length)).reshape(-1)[flat]
 
     text_ranks, image_ranks = np.flatnonzero(~is_image), np.flatnonzero(is_image)
@@ -176,7 +188,7 @@ def build_layout(
         return Stream(blocks, _cache_step(step_rows, tokens, lengths, device))
 
     lengths = (cache_lengths.total, cache_lengths.text, cache_lengths.image) if cache_lengths else (None,) * 3
-    layout = TokenLayout(
+    return TokenLayout(
         shape=(batch, length),
         order=_tensor(flat[ranks], device),
         sizes=(text_ranks.size, image_ranks.size),
@@ -184,12 +196,10 @@ def build_layout(
         everything=stream(None, lengths[0]),
         text=stream(text_ranks, lengths[1]),
         image=stream(image_ranks, lengths[2]),
+        new_tokens=CacheLengths(
+            *(np.bincount(rows[part], minlength=batch) for part in (slice(None), text_ranks, image_ranks))
+        ),
     )
-    if cache_lengths is not None:
-        np.add.at(cache_lengths.total, rows, 1)
-        np.add.at(cache_lengths.text, rows[text_ranks], 1)
-        np.add.at(cache_lengths.image, rows[image_ranks], 1)
-    return layout
 
 
 def _valid_tokens(attention_mask: torch.Tensor | None, batch: int, length: int) -> np.ndarray | None:

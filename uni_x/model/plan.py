@@ -2,12 +2,13 @@
 
 A layer spec says which parts of a decoder layer are shared by text and image tokens, which exist once for each
 modality, and what a token sees. The presets at the end of this file are functions that return plans; a recipe can
-also spell a plan out, layer by layer or by range. Nothing else in the package asks which architecture it runs.
+also spell a plan out, layer by layer. Nothing else in the package asks which architecture it runs.
 """
 
 import difflib
+import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from uni_x.errors import ConfigError
@@ -131,7 +132,10 @@ def build_plan(preset: str, num_hidden_layers: int, arguments: dict[str, Any] | 
     try:
         return PRESETS[preset](num_hidden_layers, **(arguments or {}))
     except TypeError as error:
-        raise ConfigError(f"plan {preset}: {str(error).split('() ')[-1]}") from None
+        taken = list(inspect.signature(PRESETS[preset]).parameters)[1:]
+        raise ConfigError(
+            f"plan {preset}: {str(error).split('() ')[-1]}; it takes {', '.join(taken) or 'no arguments'}"
+        ) from None
 
 
 def plan_from_dicts(layers: list[dict[str, Any]], num_hidden_layers: int) -> Plan:
@@ -149,11 +153,6 @@ def plan_from_dicts(layers: list[dict[str, Any]], num_hidden_layers: int) -> Pla
 def plan_to_dicts(plan: Plan) -> list[dict[str, Any]]:
     """The JSON form of a plan."""
     return [spec.to_dict() for spec in plan]
-
-
-def describe(spec: LayerSpec) -> dict[str, Any]:
-    """Every field of a spec, for tables."""
-    return asdict(spec)
 
 
 def _with_ends(num_hidden_layers: int, first: int, last: int, ends_see: Sight, middle: LayerSpec) -> Plan:

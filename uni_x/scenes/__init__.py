@@ -19,7 +19,7 @@ from uni_x.scenes.drawing import (
 )
 from uni_x.scenes.judge import Judgement, chance, judge
 from uni_x.scenes.looking import LookingSample, Turn, looking_sample, looking_samples
-from uni_x.scenes.pictures import ATTRIBUTION, NamedPicture, named_pictures
+from uni_x.scenes.pictures import ATTRIBUTION, NamedPicture, named_pictures, require_packages
 from uni_x.scenes.quiz import ChoiceItem, YesNoItem, multiple_choice_questions, with_other_pictures, yes_no_questions
 from uni_x.scenes.rows import SourceRow, drawing_rows, looking_rows, openmoji_rows, text_rows
 from uni_x.scenes.scorer import Detection, read_picture
@@ -66,6 +66,7 @@ __all__ = [
     "read_choice",
     "read_picture",
     "read_yes_no",
+    "require_packages",
     "sentence",
     "sentences",
     "text_rows",

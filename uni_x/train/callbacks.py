@@ -1,4 +1,4 @@
-"""What happens around a training step: stopping cleanly, marking whole checkpoints, the log and the progress line."""
+"""What happens around a training step: stopping cleanly, finding whole checkpoints, the log and the progress line."""
 
 import json
 import logging
@@ -6,30 +6,36 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
-WHOLE = "whole"  # empty file that is written into a checkpoint last
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of the Trainer that was written to its end."""
+
+    path: Path
+    step: int
+    max_steps: int
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, None where there is none."""
-    checkpoints = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
-    return max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-class MarkWholeCheckpoints(TrainerCallback):
-    """Marks each checkpoint once all of it is on disk."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the Trainer after everything else is saved."""
-        if state.is_world_process_zero and args.output_dir is not None:
-            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / WHOLE).touch()
+def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, None where there is none. What the Trainer writes last is its state."""
+    whole = []
+    for file in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue  # cut off while it was written
+        whole.append(Checkpoint(file.parent, state["global_step"], state["max_steps"]))
+    return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 class StopOnSignal(TrainerCallback):

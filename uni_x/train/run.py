@@ -1,36 +1,46 @@
 """From a recipe to a trained model folder, resumable at every step."""
 
+import difflib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
 
 from uni_x.data.collate import Collator
 from uni_x.data.dataset import TrainingData
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
 from uni_x.data.shards import EncodedSamples
-from uni_x.data.text_tokenizer import train_text_tokenizer
+from uni_x.data.text_tokenizer import VISION_END, VISION_START, train_text_tokenizer
 from uni_x.devices import choose_device, keep_freed_memory
 from uni_x.errors import DataError, RecipeError, RunError
-from uni_x.images import ImageTokenizer
-from uni_x.images.tokenizer import scenes_tokenizer_folder
+from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
+from uni_x.model.plan import build_plan, plan_from_dicts
 from uni_x.model_folder import ModelFolder, load_model_folder, save_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
-from uni_x.runs import RunFolder
-from uni_x.train.callbacks import MarkWholeCheckpoints, Metrics, StopOnSignal, last_whole_checkpoint, read_metrics
+from uni_x.runs import RunFolder, writing_into
+from uni_x.train.callbacks import Checkpoint, Metrics, StopOnSignal, last_whole_checkpoint, read_metrics
 from uni_x.train.trainer import UniXTrainer
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+CHECKPOINT_COPIES = 8  # weights, two optimizer moments and gradients, twice while a checkpoint replaces another
+LOGS_BYTES = 20 * 2**20
 OWN_ARGUMENTS = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint", "remove_unused_columns"}
 
 
@@ -43,56 +53,99 @@ class Trained:
     already_done: bool
 
 
+def check_before(recipe: TrainRecipe) -> TrainingArguments:
+    """Everything about a recipe that can be wrong without looking at its data, checked in a second.
+
+    Raises:
+        UniXError: with the key that is wrong.
+    """
+    arguments = _training_arguments(recipe)
+    section = recipe.model
+    if section.base is None:
+        if section.plan is None:
+            build_plan(section.preset, section.num_hidden_layers, section.preset_arguments)
+        else:
+            plan_from_dicts(section.plan, section.num_hidden_layers)
+        _check_heads(section)
+    return arguments
+
+
 def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     """Trains what the recipe says in its run folder, or goes on where an earlier call stopped.
 
     Raises:
-        UniXError: where recipe, data and model do not fit together.
+        UniXError: where recipe, data and model do not fit together, or the disk is full.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
-    arguments = _training_arguments(recipe)
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"))
-    run.log_to_file()
     metrics_file, model_dir = run.path / "metrics.jsonl", run.path / "model"
     if model_dir.exists():
         return Trained(model_dir, read_metrics(metrics_file), already_done=True)
 
+    arguments = check_before(recipe)
     keep_freed_memory()
     set_seed(recipe.seed)
     start = make_start(recipe)
     renderer = Renderer(start.text_tokenizer, Vocabulary.from_config(start.model.config), recipe.data.render)
+    rows = TrainingData(
+        [(source.path, source.weight) for source in recipe.data.sources],
+        renderer,
+        recipe.data.max_length,
+        recipe.data.rows_per_epoch,
+        seed=recipe.seed,
+        open_rows=recipe.data.open_rows,
+    )
+    weight_bytes = 4 * start.model.num_parameters()
+    run.begin(needs_bytes=CHECKPOINT_COPIES * weight_bytes + LOGS_BYTES)
+    with writing_into(run.path):
+        checkpoint = last_whole_checkpoint(run.path / "checkpoints")
+        if checkpoint is not None and checkpoint.step >= checkpoint.max_steps:
+            start = replace(start, model=UniXForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32))
+        else:
+            _run_trainer(recipe, arguments, start, rows, checkpoint, Metrics(metrics_file, progress))
+        save_model_folder(start, model_dir)
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    metrics = read_metrics(metrics_file)
+    run.write_results({"final": metrics[-1] if metrics else {}, "seed": recipe.seed})
+    return Trained(model_dir, metrics, already_done=False)
+
+
+def _run_trainer(
+    recipe: TrainRecipe,
+    arguments: TrainingArguments,
+    start: ModelFolder,
+    rows: TrainingData,
+    checkpoint: Checkpoint | None,
+    metrics: Metrics,
+) -> None:
     stop = StopOnSignal()
+    config = start.model.config
     trainer = UniXTrainer(
         optimizer_section=recipe.optimizer,
         model=start.model,
         args=arguments,
-        train_dataset=TrainingData(
-            [(source.path, source.weight) for source in recipe.data.sources],
-            renderer,
-            recipe.data.max_length,
-            recipe.data.rows_per_epoch,
-            seed=recipe.seed,
-            open_rows=recipe.data.open_rows,
-        ),
-        data_collator=Collator(start.model.config.vocab_size, renderer.vocabulary.pad_token_id),
-        callbacks=[stop, Metrics(metrics_file, progress), MarkWholeCheckpoints()],
+        train_dataset=rows,
+        data_collator=Collator(config.vocab_size, Vocabulary.from_config(config).pad_token_id),
+        callbacks=[stop, metrics],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     if checkpoint is not None:
-        logger.info("going on from %s", checkpoint.name)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        logger.info("going on from %s", checkpoint.path.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     if stop.stopped:
         raise KeyboardInterrupt
-    save_model_folder(ModelFolder(start.model, start.text_tokenizer, start.image_tokenizer), model_dir)
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-    return Trained(model_dir, read_metrics(metrics_file), already_done=False)
 
 
 def make_start(recipe: TrainRecipe) -> ModelFolder:
-    """The model that training starts from, on the CPU, with its tokenizers: a base, or a new one."""
+    """The model that training starts from, on the CPU, with its tokenizers: a base, or a new one.
+
+    Of a base the sizes count; how it is trained, and how its prompts will look, is the recipe's.
+    """
     if recipe.model.base is not None:
-        return load_model_folder(recipe.model.base, dtype=torch.float32)
+        folder = load_model_folder(recipe.model.base, dtype=torch.float32)
+        for name, value in _training_settings(recipe).items():
+            setattr(folder.model.config, name, value)
+        return folder
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
     set_seed(recipe.seed)
@@ -100,15 +153,40 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
     return ModelFolder(model, text_tokenizer, image_tokenizer)
 
 
-def load_image_tokenizer(name: str) -> ImageTokenizer:
-    """An image tokenizer from its folder, or `scenes` for the one inside the package."""
-    return ImageTokenizer.from_pretrained(scenes_tokenizer_folder() if name == "scenes" else name)
+def _training_settings(recipe: TrainRecipe) -> dict[str, Any]:
+    """The part of a model's configuration that says how it is trained and prompted."""
+    losses = ("head", "text_loss_weight", "image_loss_weight", "z_loss")
+    return {
+        **{name: getattr(recipe.model, name) for name in losses},
+        "rendering": recipe.data.render.model_dump(mode="json"),
+        "image_sampling": recipe.image_sampling.model_dump(mode="json"),
+    }
+
+
+def _check_heads(section: ModelSection) -> None:
+    head_dim = section.head_dim or section.hidden_size // section.num_attention_heads
+    if head_dim < 2 or head_dim % 2:
+        raise RecipeError(
+            f"model.hidden_size: {section.hidden_size} over {section.num_attention_heads} heads gives a head_dim of "
+            f"{head_dim}, which must be even"
+        )
 
 
 def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
     if taken := OWN_ARGUMENTS & set(recipe.trainer):
         raise RecipeError(f"trainer.{min(taken)}: the recipe settles this elsewhere; take the key out")
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in recipe.trainer:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise RecipeError(
+                f"trainer.{name}: not an argument of transformers' TrainingArguments; the nearest one is '{nearest}'"
+            )
     device = choose_device(recipe.device)
+    if device.index:
+        raise RecipeError(f"device: {device} cannot be chosen in training; set CUDA_VISIBLE_DEVICES and device=cuda")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, need not look for one
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "logging_steps": 50,
@@ -130,12 +208,26 @@ def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "remove_unused_columns": False,
     }
     try:
-        return TrainingArguments(**settings)
-    except TypeError as error:
-        name = str(error).split("'")[1] if "'" in str(error) else str(error)
-        raise RecipeError(f"trainer.{name}: not an argument of transformers' TrainingArguments") from None
-    except ValueError as error:
+        arguments = TrainingArguments(**settings)
+        _try_schedule(arguments)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(f"trainer: {' '.join(str(error).split())}") from None
+    if arguments.eval_strategy != "no":
+        raise RecipeError("trainer.eval_strategy: there is no held-out data to evaluate on; take the key out")
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
+    return arguments
+
+
+def _try_schedule(arguments: TrainingArguments) -> None:
+    """Makes the learning-rate schedule once, because its arguments are checked nowhere else before training."""
+    steps = max(1, int(arguments.max_steps))
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
+        num_warmup_steps=int(arguments.get_warmup_steps(steps)),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
+    )
 
 
 def _config(
@@ -143,6 +235,7 @@ def _config(
 ) -> UniXConfig:
     section: ModelSection = recipe.model
     sizes = section.model_dump(exclude={"base", "rope_theta", "preset", "preset_arguments", "plan"})
+    sizes |= _training_settings(recipe)
     offset = len(text_tokenizer)
     if section.plan is None:
         sizes |= {"preset": section.preset, "preset_arguments": section.preset_arguments}
@@ -160,8 +253,6 @@ def _config(
         vision_end_token_id=markers[1],
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
-        rendering=recipe.data.render.model_dump(mode="json"),
-        image_sampling=recipe.image_sampling.model_dump(mode="json"),
     )
 
 
@@ -172,7 +263,7 @@ def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokeni
     if not Path(section.path).is_dir():
         raise DataError(f"text_tokenizer.path: {section.path} is not a folder")
     tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
-    added = tokenizer.add_special_tokens({"additional_special_tokens": [VISION_START, VISION_END]})
+    added = tokenizer.add_tokens([VISION_START, VISION_END], special_tokens=True)
     if added:
         logger.info("the text tokenizer gained %d image markers", added)
     if tokenizer.eos_token_id is None:

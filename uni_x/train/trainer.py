@@ -44,9 +44,9 @@ class UniXTrainer(Trainer):
         """As transformers', and adds up the losses of text and image for the log."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("loss_text", "loss_image", "targets_text", "targets_image"):
-            value = outputs[name].detach().double()
+            value = outputs[name].detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        tokens = inputs["attention_mask"].sum().double()
+        tokens = inputs["attention_mask"].sum().float()
         self._sums["tokens"] = self._sums["tokens"] + tokens if "tokens" in self._sums else tokens
         return (loss, outputs) if return_outputs else loss
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
+from uni_x.data.pictures import open_picture
 from uni_x.devices import choose_device
 from uni_x.errors import DataError
 from uni_x.generation.pipeline import UniXPipeline
@@ -50,7 +49,9 @@ def answer(
     device: str = "auto",
 ) -> str:
     """Answers a question about a picture."""
-    picture = _open(image)
+    if not image.is_file():
+        raise DataError(f"{image}: no such picture")
+    picture = open_picture(image)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     grids = [tuple(pipeline.encode([picture]))]
     return pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0]
@@ -71,14 +72,3 @@ def continue_text(
 
 def _text_sampling(temperature: float | None, seed: int) -> Sampling:
     return Sampling(temperature=temperature or 0.0, seed=seed)
-
-
-def _open(image: Path) -> Image.Image:
-    try:
-        picture = Image.open(image)
-        picture.load()
-    except FileNotFoundError:
-        raise DataError(f"{image}: no such picture") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise DataError(f"{image}: cannot be read as a picture ({error})") from None
-    return picture

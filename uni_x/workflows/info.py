@@ -70,7 +70,10 @@ def _config_of(path: Path) -> UniXConfig:
         file = path / "config.json"
         if not file.is_file():
             raise DataError(f"{path}: not a model folder (it has no config.json)")
-        tree = json.loads(file.read_text())
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise DataError(f"{file}: not valid JSON") from None
         if tree.get("model_type") != UniXConfig.model_type:
             raise DataError(f"{file}: not a Uni-X model (its model_type is {tree.get('model_type')!r})")
         return UniXConfig(**tree)

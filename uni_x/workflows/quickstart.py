@@ -30,6 +30,7 @@ from uni_x.evaluation.scenes import (
     drawing_scores,
 )
 from uni_x.generation.pipeline import UniXPipeline
+from uni_x.images import load_image_tokenizer
 from uni_x.recipe import (
     QuickstartRecipe,
     ScenesEvaluationSection,
@@ -37,9 +38,9 @@ from uni_x.recipe import (
     apply_override,
     check_recipe,
 )
-from uni_x.runs import RunFolder, write_atomically
+from uni_x.runs import RunFolder, write_atomically, writing_into
 from uni_x.train.callbacks import read_metrics
-from uni_x.train.run import load_image_tokenizer, make_start, train
+from uni_x.train.run import check_before, make_start, train
 from uni_x.workflows.report import write_report
 from uni_x.workflows.sources import encode_scenes
 
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 NEEDS_BYTES = 300 * 2**20
+FOLDERS = {"trained": "samples", "untrained": "samples/untrained"}
 PICTURES_SHOWN = 6  # pictures kept of the questions of each topic
 
 Progress = Callable[[str, int, int, str], None]
@@ -73,11 +75,13 @@ def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | N
         UniXError: a folder of another recipe, too small a disk, a missing extra.
         KeyboardInterrupt: after Ctrl-C, with everything in place to go on.
     """
-    run = RunFolder(out, recipe.model_dump(mode="json"), NEEDS_BYTES)
+    run = RunFolder(out, recipe.model_dump(mode="json"))
     if run.results_file.exists() and run.report_file.exists():
         return run, True
-    run.log_to_file()
     training = _training(recipe, run.path)
+    scenes.require_packages()
+    check_before(training)
+    run.begin(NEEDS_BYTES)
     stages = Stages(run.path / "stages.json", progress)
     stages.run("scenes", partial(_encode, recipe, run.path))
     stages.run("train", partial(_train, training, run.path))
@@ -92,17 +96,17 @@ def collect_results(out: Path, seconds: dict[str, float], recipe: QuickstartReci
     """Puts the figures of all stages together."""
     drawing, answering = _read(out / "scores-draw.json"), _read(out / "scores-answer.json")
     metrics = read_metrics(out / "train" / "metrics.jsonl")
-    training_seconds = sum(entry["seconds"] for entry in metrics)
+    training_seconds = sum(entry["seconds"] for entry in metrics) or 1.0
     return {
         "scores": {
             **drawing["trained"],
             **answering["trained"],
             "untrained": {**drawing["untrained"], **answering["untrained"]},
-            "chance": chance_scores(),
+            "chance": drawing["chance"],
         },
         "seconds": {"total": sum(seconds.values()), "by_stage": seconds},
         "tokens_per_second": sum(entry["tokens"] for entry in metrics) / training_seconds,
-        "steps": metrics[-1]["step"],
+        "steps": metrics[-1]["step"] if metrics else 0,
         "seeds": {"training": recipe.seed, "evaluation": recipe.evaluation.seed},
         "settings": {
             "sampling": recipe.train.image_sampling.model_dump(),
@@ -158,7 +162,7 @@ def _training(recipe: QuickstartRecipe, out: Path) -> TrainRecipe:
 
 
 def _encode(recipe: QuickstartRecipe, out: Path, report: Report) -> None:
-    tokenizer = load_image_tokenizer(recipe.train.image_tokenizer)
+    tokenizer = load_image_tokenizer(recipe.train.image_tokenizer).to(choose_device(recipe.train.device))
     encode_scenes(recipe.scenes, recipe.seed, out / "scenes", tokenizer, report)
 
 
@@ -175,7 +179,7 @@ def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, rep
         for task in (scenes.HELD_OUT_KINDS if held_out else scenes.TASKS)
         for prompt in scenes.drawing_prompts(task, settings.prompts_per_task, settings.seed, held_out)
     ]
-    scores = {}
+    scores = {"chance": chance_scores()}
     for number, (name, pipeline) in enumerate(_contestants(recipe, out).items()):
 
         def progress(done: int, total: int, before: int = number, name: str = name) -> None:
@@ -183,8 +187,8 @@ def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, rep
 
         drawings = draw_scenes(pipeline, prompts, settings.pictures_per_prompt, settings.seed, progress)
         scores[name] = drawing_scores(drawings)
-        if name == "trained":
-            _save_drawings(drawings, settings.pictures_per_prompt, out / "samples")
+        with writing_into(out):
+            _save_drawings(drawings, settings.pictures_per_prompt, out / FOLDERS[name])
     write_atomically(out / "scores-draw.json", json.dumps(scores, indent=2))
 
 
@@ -204,8 +208,8 @@ def _answer(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, r
     for number, (name, pipeline) in enumerate(_contestants(recipe, out).items()):
         answers = _ask_everything(pipeline, yes_no, choices, settings.seed)
         scores[name] = answer_scores(*answers)
-        if name == "trained":
-            _save_answers([answer for kind in answers for answer in kind], out / "samples")
+        with writing_into(out):
+            _save_answers([answer for kind in answers for answer in kind], out / FOLDERS[name])
         report(number + 1, 2, name)
     write_atomically(out / "scores-answer.json", json.dumps(scores, indent=2))
 

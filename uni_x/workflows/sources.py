@@ -12,6 +12,7 @@ from uni_x.data.schema import Message, Rejection, SourceRow
 from uni_x.errors import DataError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
+from uni_x.runs import installed_versions
 
 SCENES, OPENMOJI = "scenes", "openmoji"
 
@@ -32,7 +33,9 @@ def encode_source(
         if progress is not None:
             progress(summary.read, limit or 0, f"{summary.rejected} rejected")
 
-    name = source if limit is None else f"{source}, the first {limit}"
+    name = source if source == OPENMOJI else str(Path(source))
+    if limit is not None:
+        name += f", the first {limit}"
     return encode(
         islice(read_source(source, tokenizer.resolution), limit), tokenizer, out, source=name, progress=report
     )
@@ -57,6 +60,7 @@ def encode_scenes(
         "text": (scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
     }
     total = sum(count for _, count in kinds.values())
+    version = installed_versions().get("uni-x")
     done = EncodeSummary()
 
     def report(kind: str, before: int, summary: EncodeSummary) -> None:
@@ -68,7 +72,7 @@ def encode_scenes(
             (to_source_row(row, kind) for row in rows),
             tokenizer,
             out / kind,
-            source=f"scenes, {count} of {kind} from seed {seed}",
+            source=f"scenes of uni-x {version}, {count} of {kind} from seed {seed}",
             progress=partial(report, kind, done.read),
         )
     return done

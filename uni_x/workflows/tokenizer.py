@@ -1,30 +1,52 @@
 """`uni-x tokenizer train`: pictures of a folder, of the scenes or of OpenMoji, to an image tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from uni_x import scenes
+from uni_x.devices import choose_device
 from uni_x.errors import DataError
 from uni_x.images import PictureFolder, TokenizerResult, train_tokenizer
+from uni_x.images.pixels import Picture
 from uni_x.recipe import TokenizerRecipe
-from uni_x.workflows.scenes_tokenizer import train_scenes_tokenizer
-from uni_x.workflows.sources import OPENMOJI
+from uni_x.workflows.scenes_tokenizer import scenes_to_learn_from
+from uni_x.workflows.sources import OPENMOJI, SCENES, Progress
 
 
 def train_tokenizer_from(
-    recipe: TokenizerRecipe, out: Path, progress: Callable[[str, int, int, str], None] | None = None
+    recipe: TokenizerRecipe,
+    out: Path,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = print,
+    device: str = "auto",
 ) -> TokenizerResult:
-    """Trains on what `recipe.source` names. Raises `DataError` where that is not there."""
+    """Trains on what `recipe.source` names; `tell` hears of pictures that cannot be read.
+
+    Raises:
+        DataError: where the source is not there; and what `train_tokenizer` raises.
+    """
 
     def report(step: int, steps: int, figures: dict[str, float]) -> None:
         if progress is not None:
-            progress("tokenizer", step, steps, f"loss {figures['loss']:.4f}")
+            progress(step, steps, f"loss {figures['loss']:.4f}")
 
-    if recipe.source == "scenes":
-        return train_scenes_tokenizer(recipe, out, report)
+    pictures, held_out = _pictures(recipe, tell)
+    return train_tokenizer(recipe, pictures, out, held_out, report, choose_device(device))
+
+
+def _pictures(
+    recipe: TokenizerRecipe, tell: Callable[[str], None]
+) -> tuple[Sequence[Picture], Sequence[Picture] | None]:
+    """The pictures to train on, and those to measure where they are not taken from the others."""
+    if recipe.source == SCENES:
+        return scenes_to_learn_from(recipe)
     if recipe.source == OPENMOJI:
-        pictures = [picture.image for picture in scenes.named_pictures(recipe.tokenizer.resolution)]
-        return train_tokenizer(recipe, pictures, out, progress=report)
+        named = scenes.named_pictures(recipe.tokenizer.resolution)
+        return [picture.image for picture in islice(named, recipe.pictures)], None
     if not Path(recipe.source).is_dir():
-        raise DataError(f"source: {recipe.source} is not a folder (or one of `scenes`, `{OPENMOJI}`)")
-    return train_tokenizer(recipe, PictureFolder(recipe.source), out, progress=report)
+        raise DataError(f"source: {recipe.source} is not a folder (or one of `{SCENES}`, `{OPENMOJI}`)")
+    folder = PictureFolder(recipe.source, recipe.pictures)
+    for path, reason in folder.unreadable:
+        tell(f"left out: {path} ({reason})")
+    return folder, None
