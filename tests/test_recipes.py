@@ -34,5 +34,5 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
     assert recipe.data.max_length == 32
     assert recipe.trainer == {"max_steps": 3}
     assert recipe.model.z_loss == 1e-4
-    with pytest.raises(RecipeError, match="data.max_length is not a section"):
+    with pytest.raises(RecipeError, match=r"data\.max_length is not a section"):
         load_recipe(file, TrainRecipe, ["data.max_length=32", "data.max_length.x=1"])

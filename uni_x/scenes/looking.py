@@ -3,7 +3,7 @@
 What a question's words are drawn from does not depend on its answer, so that nothing but the picture tells it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ Look = tuple[str, str | None]  # an object and its colour
 # The shares of scenes with so many like things, and of their count questions that ask for those.
 _GROUPS = {1: 0.34, 2: 0.22, 3: 0.22, 4: 0.22}
 _ASK_FOR_GROUP = 0.8
-_ROWS_OF_YES_NO = 0.6
+_ROWS_OF_YES_NO = 0.62
 _BY_LETTER = 0.05  # share of the other questions
 _YES_NO_SHARES = {"exists": 0.5, "exists_coloured": 0.5}
 _OPEN_SHARES = {"colour": 0.36, "count": 0.25, "coloured": 0.29, "present": 0.1}
@@ -42,30 +42,31 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class LookingSample:
-    """A scene and distinct questions about it, the last one for all that is in it."""
+    """A scene and questions about it, the last one for all that is in it."""
 
     scene: Scene
     turns: tuple[Turn, ...]
 
 
-def looking_sample(rng: np.random.Generator, turns: int = 8) -> LookingSample:
-    """One training sample with up to so many turns (a bare scene has fewer questions) and a description.
+def looking_sample(rng: np.random.Generator, turns: int = 7) -> LookingSample:
+    """One training sample: so many questions, and a description.
 
     Somewhat more than half of the samples ask for yes or no alone; the others ask open questions, some of them
-    with options to be answered by letter. The description comes last, so that no answer can be read off it; without
-    it a small model learns to look several times more slowly.
+    with options to be answered by letter. A question may come again: finding its earlier answer by the words is the
+    first step to finding the thing in the picture. The description comes last, so that no answer can be read off it;
+    without it a small model learns to look several times more slowly.
     """
     scene = looking_scene(rng)
-    yes_no = rng.random() < _ROWS_OF_YES_NO
-    asked: dict[Question, Turn] = {}
-    for _ in range(3 * turns):
-        if len(asked) < turns:
-            asked |= _yes_no_turn(rng, scene, asked) if yes_no else _open_turn(rng, scene, asked)
-    description = Turn(DESCRIBE, describe(scene), "description")
-    return LookingSample(scene, (*asked.values(), description))
+    ask = _yes_no_turn if rng.random() < _ROWS_OF_YES_NO else _open_turn
+    asked: list[Turn] = []
+    while len(asked) < turns:
+        turn = ask(rng, scene)
+        if turn is not None:
+            asked.append(turn)
+    return LookingSample(scene, (*asked, Turn(DESCRIBE, describe(scene), "description")))
 
 
-def looking_samples(count: int, seed: int, turns: int = 8) -> Iterator[LookingSample]:
+def looking_samples(count: int, seed: int, turns: int = 7) -> Iterator[LookingSample]:
     """Training samples, the same ones for the same seed on every machine."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -145,29 +146,26 @@ def choice(rng: np.random.Generator, scene: Scene, question: Question) -> Choice
     return None
 
 
-def _yes_no_turn(rng: np.random.Generator, scene: Scene, asked: Mapping[Question, Turn]) -> dict[Question, Turn]:
-    """A new turn, or none: yes and no stay as frequent because a question of either kind must be left to ask."""
+def _yes_no_turn(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """A turn, or none: yes and no stay as frequent because a question of either kind must be possible."""
     topic = pick_weighted(rng, _YES_NO_SHARES)
     questions = {answer: yes_no_question(rng, scene, topic, answer) for answer in ("yes", "no")}
-    if any(question is None or question in asked for question in questions.values()):
-        return {}
+    if None in questions.values():
+        return None
     answer = pick(rng, ("yes", "no"))
     question = questions[answer]
-    return {question: Turn(question.text, answer, "yes_no")} if question else {}
+    return Turn(question.text, answer, "yes_no") if question else None
 
 
-def _open_turn(rng: np.random.Generator, scene: Scene, asked: Mapping[Question, Turn]) -> dict[Question, Turn]:
-    """A new turn, or none; a second count would mostly ask for single things, and make `one` too frequent."""
+def _open_turn(rng: np.random.Generator, scene: Scene) -> Turn | None:
     question = open_question(rng, scene, pick_weighted(rng, _OPEN_SHARES))
-    if question is None or question in asked:
-        return {}
-    if question.topic == "count" and any(other.topic == "count" for other in asked):
-        return {}
+    if question is None:
+        return None
     if rng.random() < _BY_LETTER:
         closed = choice(rng, scene, question)
-        return {question: Turn(closed.prompt, closed.letter, "letter")} if closed else {}
+        return Turn(closed.prompt, closed.letter, "letter") if closed else None
     answers = question.answers(scene)
-    return {question: Turn(question.text, answers[0], "open")} if len(answers) == 1 else {}
+    return Turn(question.text, answers[0], "open") if len(answers) == 1 else None
 
 
 def _distinct_looks(scene: Scene) -> list[tuple[str, str]]:
