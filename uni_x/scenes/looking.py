@@ -24,6 +24,7 @@ Look = tuple[str, str | None]  # an object and its colour
 _GROUPS = {1: 0.34, 2: 0.22, 3: 0.22, 4: 0.22}
 _ASK_FOR_GROUP = 0.8
 _ROWS_OF_YES_NO = 0.62
+_DESCRIBED_FIRST = 0.33
 _BY_LETTER = 0.05  # share of the other questions
 _YES_NO_SHARES = {"exists": 0.5, "exists_coloured": 0.5}
 _OPEN_SHARES = {"colour": 0.36, "count": 0.25, "coloured": 0.29, "present": 0.1}
@@ -42,7 +43,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class LookingSample:
-    """A scene and questions about it, the last one for all that is in it."""
+    """A scene and questions about it, the first or the last one for all that is in it."""
 
     scene: Scene
     turns: tuple[Turn, ...]
@@ -52,9 +53,10 @@ def looking_sample(rng: np.random.Generator, turns: int = 7) -> LookingSample:
     """One training sample: so many questions, and a description.
 
     Somewhat more than half of the samples ask for yes or no alone; the others ask open questions, some of them
-    with options to be answered by letter. A question may come again: finding its earlier answer by the words is the
-    first step to finding the thing in the picture. The description comes last, so that no answer can be read off it;
-    without it a small model learns to look several times more slowly.
+    with options to be answered by letter. A question may come again, and a third of the samples begin with the
+    description: finding a thing in the words is the first step to finding it in the picture. In the others the
+    description comes last, so that no answer can be read off it. Without all this a small model learns to look
+    several times more slowly.
     """
     scene = looking_scene(rng)
     ask = _yes_no_turn if rng.random() < _ROWS_OF_YES_NO else _open_turn
@@ -63,7 +65,8 @@ def looking_sample(rng: np.random.Generator, turns: int = 7) -> LookingSample:
         turn = ask(rng, scene)
         if turn is not None:
             asked.append(turn)
-    return LookingSample(scene, (*asked, Turn(DESCRIBE, describe(scene), "description")))
+    description = Turn(DESCRIBE, describe(scene), "description")
+    return LookingSample(scene, (description, *asked) if rng.random() < _DESCRIBED_FIRST else (*asked, description))
 
 
 def looking_samples(count: int, seed: int, turns: int = 7) -> Iterator[LookingSample]:

@@ -185,10 +185,12 @@ def _draw(settings: ScenesEvaluationSection, recipe: TrainRecipe, out: Path, rep
         def progress(done: int, total: int, before: int = number, name: str = name) -> None:
             report(before * total + done, 2 * total, name)
 
-        drawings = draw_scenes(pipeline, prompts, settings.pictures_per_prompt, settings.seed, progress)
+        # a picture a prompt is enough to see that an untrained model draws nothing
+        pictures = settings.pictures_per_prompt if name == "trained" else 1
+        drawings = draw_scenes(pipeline, prompts, pictures, settings.seed, progress)
         scores[name] = drawing_scores(drawings)
         with writing_into(out):
-            _save_drawings(drawings, settings.pictures_per_prompt, out / FOLDERS[name])
+            _save_drawings(drawings, pictures, out / FOLDERS[name])
     write_atomically(out / "scores-draw.json", json.dumps(scores, indent=2))
 
 
