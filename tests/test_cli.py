@@ -125,7 +125,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert code == 1
     assert "made with another source" in err
     for wrong, message in (
-        (pictures / "broken.jpg", "cannot be read as a picture"),
+        (pictures / "broken.jpg", "broken.jpg: the file is no picture"),
         (tmp_path / "absent.png", "no such picture"),
     ):
         code, _, err = uni_x("generate", run / "model", "what is it?", "--image", wrong)
@@ -155,7 +155,7 @@ RECIPE = "data: {sources: [{path: absent}]}\n"
         (RECIPE, ["model.hiden_size=8"], "unknown key 'model.hiden_size'; the nearest known key is 'hidden_size'"),
         (RECIPE, ["model.hidden_size=-8"], "model.hidden_size: Input should be greater than 0 (got -8)"),
         (RECIPE, ["model.preset=uni-y"], "unknown plan 'uni-y'; the nearest known one is 'uni-x'"),
-        (RECIPE, ["model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),
+        (RECIPE, ["model.preset=uni-x", "model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),
         (RECIPE, ["model.hidden_size=36"], "gives a head_dim of 9, which must be even"),
         (RECIPE, ["trainer.max_stepz=8"], "TrainingArguments; the nearest one is 'max_steps'"),
         (RECIPE, ["trainer.max_steps=abc"], "trainer: "),
@@ -187,7 +187,7 @@ def test_mistakes_in_a_recipe_are_one_clear_line(
         (["train"], "Missing argument"),
         (["draw"], "No such command 'draw'"),
         (["train", "recipe.yaml", "max_steps"], "an override has the form key=value"),
-        (["generate", "model", "a heart", "--number", "0"], "not in the range"),
+        (["generate", "model", "a heart", "--number", "0"], "greater than or equal to 1"),
     ],
 )
 def test_wrong_usage_exits_with_2(

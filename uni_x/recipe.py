@@ -249,7 +249,7 @@ class ModelSection(Section):
     """A model to make, or a model folder to go on from (`base`), whose sizes then count."""
 
     base: str | None = None
-    preset: str = "uni-x"
+    preset: str = "shared"
     preset_arguments: dict[str, Any] = {}
     plan: list[dict[str, Any]] | None = None
     """A plan spelled out, one mapping a layer, in place of the preset."""

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uni_x.data.pictures import open_picture
 from uni_x.data.readers import read_picture_folder
 from uni_x.data.schema import Rejection
 from uni_x.errors import DataError
+from uni_x.pictures import open_picture
 
 
 def to_bytes(image, format="PNG", **options):

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from uni_x.data.pictures import open_picture
 from uni_x.data.schema import CodeGrid, Rejection, Sample, SourceRow, check_content
 from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes
 from uni_x.errors import DataError, RunError
+from uni_x.pictures import open_picture
 from uni_x.runs import write_atomically, writing_into
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uni_x.data.schema import Rejection, SourceRow
 from uni_x.errors import DataError
-from uni_x.images.folder import PICTURE_SUFFIXES
+from uni_x.pictures import PICTURE_SUFFIXES
 
 
 def read_picture_folder(folder: str | Path, source: str | None = None) -> Iterator[SourceRow | Rejection]:

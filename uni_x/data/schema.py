@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from uni_x.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from uni_x.pictures import Picture
 
 IMAGE_PLACEHOLDER = "<image>"
 ROLES = ("system", "user", "assistant")
 CONTENT_FIELDS = ("caption", "messages", "text")
-
-Picture: TypeAlias = "Image.Image | bytes | Path"
-"""A picture before encoding: decoded, the bytes of an image file, or the path of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,8 +7,7 @@ from typing import overload
 from PIL import Image
 
 from uni_x.errors import DataError
-
-PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+from uni_x.pictures import PICTURE_SUFFIXES, open_picture
 
 
 class PictureFolder(Sequence[Image.Image]):
@@ -35,7 +34,7 @@ class PictureFolder(Sequence[Image.Image]):
             if limit is not None and len(self.paths) >= limit:
                 break
             try:
-                _open(path)
+                open_picture(path)
             except DataError as error:
                 self.unreadable.append((path, str(error)))
             else:
@@ -53,14 +52,5 @@ class PictureFolder(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
-            return [_open(path) for path in self.paths[index]]
-        return _open(self.paths[index])
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+            return [open_picture(path) for path in self.paths[index]]
+        return open_picture(self.paths[index])

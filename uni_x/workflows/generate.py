@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from uni_x.data.pictures import open_picture
 from uni_x.devices import choose_device
 from uni_x.errors import DataError
 from uni_x.generation.pipeline import UniXPipeline
 from uni_x.generation.sampling import Sampling
+from uni_x.pictures import open_picture
 
 
 def draw(
@@ -51,7 +51,10 @@ def answer(
     """Answers a question about a picture."""
     if not image.is_file():
         raise DataError(f"{image}: no such picture")
-    picture = open_picture(image)
+    try:
+        picture = open_picture(image)
+    except DataError as error:
+        raise DataError(f"{image}: {error}") from None
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     grids = [tuple(pipeline.encode([picture]))]
     return pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0]

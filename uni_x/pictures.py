@@ -3,11 +3,16 @@
 import io
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import Image, ImageOps
 
-from uni_x.data.schema import Picture
 from uni_x.errors import DataError
+
+Picture: TypeAlias = Image.Image | bytes | Path
+"""A picture before encoding: decoded, the bytes of an image file, or the path of one."""
+
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def open_picture(picture: Picture) -> Image.Image:
