@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import uni_x.model  # noqa: F401  (registers the Auto classes)
 from uni_x.scenes import TASKS
 
 DEADLINE = 240  # seconds for one process
