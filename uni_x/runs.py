@@ -155,14 +155,16 @@ def installed_versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
+    """The revision of the package's own checkout, None where it is installed from elsewhere."""
+    package = Path(__file__).parent
+    if _git(package, "rev-parse", "--show-prefix") != f"{package.name}/":
+        return None
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _git(folder: Path, *words: str) -> str | None:
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        answer = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -102,11 +102,16 @@ class UniXPipeline:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """Answers a question about its pictures each, by default with the most likely tokens."""
+        """Answers a question about its pictures each, by default with the most likely tokens.
+
+        With a temperature, answer i is drawn with the seed + i.
+        """
         sampling = sampling or Sampling(temperature=0.0)
         requests = [
-            self._text_request(self._question_prompt(question, grids), max_new_tokens, sampling)
-            for question, grids in zip(questions, images, strict=True)
+            self._text_request(
+                self._question_prompt(question, grids), max_new_tokens, replace(sampling, seed=sampling.seed + index)
+            )
+            for index, (question, grids) in enumerate(zip(questions, images, strict=True))
         ]
         return [self.decode_text(completion.ids) for completion in self.engine.generate(requests)]
 
