@@ -1,6 +1,7 @@
 """The command `uni-x`. Nothing heavy is imported until a verb is chosen."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -218,7 +219,16 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     )
     tasks: dict[str, Any] = {}
 
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     def report(stage: str, done: int, total: int, word: str = "") -> None:
+        if interrupted:
+            raise KeyboardInterrupt  # a library has caught the first one, as some do while they are imported
         if stage not in tasks:
             if not console.is_terminal:
                 console.print(f"{stage} …", highlight=False)
@@ -229,8 +239,12 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
     if not console.is_terminal:
         bars.disable = True
-    with bars:
-        yield report
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with bars:
+            yield report
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":
