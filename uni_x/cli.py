@@ -228,7 +228,7 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
     def report(stage: str, done: int, total: int, word: str = "") -> None:
         if interrupted:
-            raise KeyboardInterrupt  # a library has caught the first one, as some do while they are imported
+            raise KeyboardInterrupt  # the first one did not come through: something on the way caught it
         if stage not in tasks:
             if not console.is_terminal:
                 console.print(f"{stage} …", highlight=False)
