@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.golden.conftest import GOLDEN, folders
-from uni_x.convert.reference import load_reference
+from uni_x.convert.reference import load_reference, rename
 from uni_x.errors import DataError
 from uni_x.model import UniXForCausalLM
 
@@ -80,16 +80,9 @@ def test_packed_documents_have_the_published_losses_and_gradients(name: str) -> 
     divided = model(ids, document_ids=documents, labels=labels, num_items_in_batch=100).loss
     assert divided.item() == pytest.approx(expected["loss_num_items_100"], abs=TOLERANCE)
     output.loss.backward()
-    norms = {renamed(key, model): value for key, value in expected["grad_norms"].items()}
+    norms = {rename(key, model.config): value for key, value in expected["grad_norms"].items()}
     for key, weight in model.named_parameters():
         assert weight.grad.norm().item() == pytest.approx(norms[key], abs=TOLERANCE), key
-
-
-def renamed(key: str, model: UniXForCausalLM) -> str:
-    """The name that a weight of the published layout has here."""
-    from uni_x.convert.reference import rename
-
-    return rename(key, model.config)
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -75,11 +75,7 @@ class UniXCache:
         self.columns = 0
         capacity = {"everything": text_capacity + image_capacity, "text": text_capacity, "image": image_capacity}
         self.layers = [
-            {
-                name: Store(rows, capacity[name])
-                for name in (("everything",) if spec.sees == "all" else ("text", "image"))
-            }
-            for spec in config.layer_specs
+            {name: Store(rows, capacity[name]) for name in STREAMS[spec.sees]} for spec in config.layer_specs
         ]
 
     @property
