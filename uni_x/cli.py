@@ -1,8 +1,10 @@
 """The command `uni-x`. Nothing heavy is imported until a verb is chosen."""
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +28,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key=value or section.key=value.")]
 Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
 
+PLAIN_LINE_SECONDS = 30
 STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 
 
@@ -195,7 +198,7 @@ def _settle_libraries() -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A progress line a stage, with rate and time left; where there is no terminal, the name of each stage."""
+    """A progress line a stage, with rate and time left; where there is no terminal, a plain line now and then."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -218,7 +221,7 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         console=console,
     )
     tasks: dict[str, Any] = {}
-
+    said = -math.inf  # when the last plain line was printed
     interrupted = False
 
     def interrupt(number: int, frame: Any) -> None:
@@ -229,13 +232,17 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     def report(stage: str, done: int, total: int, word: str = "") -> None:
         if interrupted:
             raise KeyboardInterrupt  # the first one did not come through: something on the way caught it
-        if stage not in tasks:
-            if not console.is_terminal:
-                console.print(f"{stage} …", highlight=False)
+        nonlocal said
+        new = stage not in tasks
+        if new:
             tasks[stage] = bars.add_task(stage, total=total or None, word=word, rate="")
         task = bars.tasks[list(tasks).index(stage)]
         speed = f"{task.speed:.1f}/s" if task.speed else ""
         bars.update(tasks[stage], completed=done, total=total or None, word=word, rate=speed)
+        if not console.is_terminal and (new or time.monotonic() - said >= PLAIN_LINE_SECONDS):
+            said = time.monotonic()
+            count = f"{done} of {total}" if total else "…"
+            console.print(f"{stage} {count}  {speed}  {word}".rstrip(), highlight=False)
 
     if not console.is_terminal:
         bars.disable = True

@@ -79,6 +79,20 @@ def test_attention_stands_where_the_checkpoints_have_it():
     assert ImageTokenizer(config).encode_pixels(pixels).shape == (1, 8, 8)
 
 
+def test_patches_before_the_network_leave_the_grid_as_configured():
+    sizes = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8, "embed_dim": 4}
+    config = TokenizerConfig(resolution=16, codebook_size=8, network=VQGANNetwork(**sizes, patch_size=2))
+    tokenizer = ImageTokenizer(config)
+    codes = tokenizer.encode_pixels(torch.zeros(1, 3, 16, 16))
+    assert codes.shape == (1, *config.grid) == (1, 4, 4)
+    assert tokenizer.decode_pixels(codes).shape == (1, 3, 16, 16)
+    plain = build_network(config.model_copy(update={"network": VQGANNetwork(**sizes)})).state_dict()
+    differing = {
+        name for name, weight in build_network(config).state_dict().items() if weight.shape != plain[name].shape
+    }
+    assert differing == {"encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_out.bias"}
+
+
 # --- checkpoints that name foreign classes -----------------------------------------------------------------------
 
 

@@ -52,5 +52,12 @@ class PictureFolder(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
-            return [open_picture(path) for path in self.paths[index]]
-        return open_picture(self.paths[index])
+            return [_open(path) for path in self.paths[index]]
+        return _open(self.paths[index])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return open_picture(path)
+    except DataError as error:
+        raise DataError(f"{path}: was readable before, and is not now: {error}") from None

@@ -13,24 +13,29 @@ from uni_x.recipe import VQGANNetwork
 
 
 class VQGAN(nn.Module):
-    """Convolutional encoder, codebook and decoder; a code stands for a square of 2^(levels - 1) pixels."""
+    """Convolutional encoder, codebook and decoder; a code stands for a square of patch_size 2^(levels - 1) pixels.
+
+    With a `patch_size` above 1, which no published checkpoint has, squares of pixels are channels from first to last.
+    """
 
     def __init__(self, config: VQGANNetwork, resolution: int, codebook_size: int):
         super().__init__()
-        self.encoder = Encoder(config, resolution)
-        self.decoder = Decoder(config, resolution)
+        side = resolution // config.patch_size
+        self.encoder = Encoder(config, side)
+        self.decoder = Decoder(config, side)
         self.quantize = Codebook(codebook_size, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.floats_per_picture = 4 * config.ch * resolution**2
+        self.patch_size = config.patch_size
+        self.floats_per_picture = 4 * config.ch * side**2
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(n, 3, height, width)` to latents `(n, embed_dim, h, w)`, not quantised."""
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(pixels, self.patch_size)))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(n, embed_dim, h, w)` to pixels `(n, 3, height, width)`."""
-        return self.decoder(self.post_quant_conv(latents))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(latents)), self.patch_size)
 
 
 class Encoder(nn.Module):
@@ -40,7 +45,7 @@ class Encoder(nn.Module):
         super().__init__()
         levels = len(config.ch_mult)
         widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
-        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 widths[level],
@@ -57,7 +62,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(n, 3, height, width)` to `(n, z_channels, h, w)`."""
+        """Patches `(n, 3 patch_size^2, height, width)` to `(n, z_channels, h, w)`."""
         hidden = self.conv_in(pixels)
         for level in self.down:
             hidden = level(hidden)
@@ -85,10 +90,10 @@ class Decoder(nn.Module):
             for level in range(levels)
         )
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(n, z_channels, h, w)` to pixels `(n, 3, height, width)`."""
+        """Latents `(n, z_channels, h, w)` to patches `(n, 3 patch_size^2, height, width)`."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)

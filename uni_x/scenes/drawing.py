@@ -29,12 +29,12 @@ from uni_x.scenes.world import CELLS, Scene, Thing
 
 # Each task with its share of the training pairs: the more a task asks for at once, the more it is practised.
 TASK_WEIGHTS: dict[str, float] = {
-    "single_object": 0.08,
-    "two_object": 0.14,
+    "single_object": 0.06,
+    "two_object": 0.12,
     "counting": 0.16,
-    "colors": 0.10,
-    "position": 0.30,
-    "color_attr": 0.22,
+    "colors": 0.08,
+    "position": 0.29,
+    "color_attr": 0.29,
 }
 TASKS = tuple(TASK_WEIGHTS)
 

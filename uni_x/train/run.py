@@ -80,7 +80,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"))
     metrics_file, model_dir = run.path / "metrics.jsonl", run.path / "model"
     if model_dir.exists():
-        return Trained(model_dir, read_metrics(metrics_file), already_done=True)
+        return _finish(run, recipe, read_metrics(metrics_file), already_done=True)
 
     arguments = check_before(recipe)
     keep_freed_memory()
@@ -105,9 +105,13 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
             _run_trainer(recipe, arguments, start, rows, checkpoint, Metrics(metrics_file, progress))
         save_model_folder(start, model_dir)
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-    metrics = read_metrics(metrics_file)
-    run.write_results({"final": metrics[-1] if metrics else {}, "seed": recipe.seed})
-    return Trained(model_dir, metrics, already_done=False)
+    return _finish(run, recipe, read_metrics(metrics_file), already_done=False)
+
+
+def _finish(run: RunFolder, recipe: TrainRecipe, metrics: list[dict[str, float]], already_done: bool) -> Trained:
+    if not run.results_file.exists():
+        run.write_results({"final": metrics[-1] if metrics else {}, "seed": recipe.seed})
+    return Trained(run.path / "model", metrics, already_done)
 
 
 def _run_trainer(
