@@ -118,6 +118,21 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert code == 0, err
     assert "uni-x(first=1, last=1): 4 layers, hidden size 32" in out
 
+    # an architecture that no preset knows, from the recipe alone
+    plan = (
+        "[{layers: 0, qkv: separate, sees: own}, {layers: 2-3, ffn: separate, image_ffn_size: 24, shared_ffn_size: 8}]"
+    )
+    other, drawing, picture = tmp_path / "other", tmp_path / "other.png", tmp_path / "plan.svg"
+    code, _, err = uni_x(*train[:2], f"run={other}", *train[3:], f"model.plan={plan}")
+    assert code == 0, err
+    code, out, err = uni_x("info", other / "model", "--memory", "--picture", picture)
+    assert code == 0, err
+    assert "separate, image 24, shared 8" in out
+    assert "training with AdamW" in out
+    assert picture.read_text().startswith("<svg")
+    code, _, err = uni_x("generate", other / "model", "a red disc", "--out", drawing, "--device", "cpu")
+    assert code == 0, err
+
     code, _, err = uni_x(*train, "model.hidden_size=64")
     assert code == 1
     assert "was made by another recipe (model.hidden_size differ)" in err

@@ -155,11 +155,18 @@ def generate(
 @app.command()
 def info(
     path: Annotated[Path, typer.Argument(help="A model folder, or a training recipe.")],
+    memory: Annotated[bool, typer.Option("--memory", help="Show what training and serving take.")] = False,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a document, and of a served sequence.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step on one device.")] = 16384,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences served at the same time.")] = 16,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that training is divided over.")] = 8,
+    image_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the tokens that are image tokens.")] = 0.75,
+    picture: Annotated[Path | None, typer.Option(help="SVG file to draw the plan into.")] = None,
 ) -> None:
-    """Shows a model's plan, layer by layer, and its parameters."""
-    from uni_x.workflows.info import describe
+    """Shows a model's plan, layer by layer, its parameters and operations, and the memory that it takes."""
+    from uni_x.workflows.info import Load, describe
 
-    for line in describe(path):
+    for line in describe(path, memory, Load(length, tokens, rows, devices, image_share), picture):
         typer.echo(line)
 
 

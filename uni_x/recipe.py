@@ -254,7 +254,7 @@ class ModelSection(Section):
     preset: str = "shared"
     preset_arguments: dict[str, Any] = {}
     plan: list[dict[str, Any]] | None = None
-    """A plan spelled out, one mapping a layer, in place of the preset."""
+    """A plan in place of the preset: one mapping a layer, or mappings that say their layers (`layers: 0-11`)."""
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 384
     num_hidden_layers: PositiveInt = 4

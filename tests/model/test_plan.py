@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from uni_x.errors import ConfigError
@@ -28,6 +30,34 @@ def test_moe_separates_the_ffn_of_every_step_th_layer() -> None:
 def test_plans_survive_json(preset: str, arguments: dict[str, int]) -> None:
     plan = build_plan(preset, 4, arguments)
     assert plan_from_dicts(plan_to_dicts(plan), 4) == plan
+
+
+def test_a_plan_by_range_is_the_preset_it_spells_out() -> None:
+    end = {"norms": "separate", "qkv": "separate", "output": "separate", "ffn": "separate", "sees": "own"}
+    entries = [{"layers": "4-5", **end}, {"layers": 0, **end}]
+    assert plan_from_dicts(entries, 6) == build_plan("uni-x", 6, {"first": 1, "last": 2})
+    assert plan_from_dicts([{"layers": "2-2", "ffn": "separate"}], 3) == (
+        LayerSpec(),
+        LayerSpec(),
+        LayerSpec(ffn="separate"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"layers": "0-1"}, {"ffn": "separate"}], "either every entry says its layers"),
+        ([{"layers": "first"}], "layers is a number or a range such as 0-11, not 'first'"),
+        ([{"layers": "2-4"}], "layers 2-4 do not lie within 0-3"),
+        ([{"layers": "2-1"}], "layers 2-1 do not lie within 0-3"),
+        ([{"layers": "0-2"}, {"layers": 2}], "layer 2 is named twice, the second time by layers 2"),
+        ([{"layers": 3, "qvk": "separate"}], "layer 3: unknown key 'qvk'"),
+    ],
+)
+def test_impossible_ranges_are_named(entries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_from_dicts(entries, 4)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

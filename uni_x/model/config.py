@@ -15,7 +15,8 @@ class UniXConfig(PreTrainedConfig):
     `image_token_offset`; image code c has the id `image_token_offset + c`, for c below `image_codebook_size`.
 
     Args:
-        plan: one mapping a layer (see `uni_x.model.plan.LayerSpec`). Built from `preset` where it is missing.
+        plan: one mapping a layer (see `uni_x.model.plan.LayerSpec`), or mappings for ranges of layers, which are
+            spelled out. Built from `preset` where it is missing.
         preset: name of a preset plan, and `preset_arguments` its arguments; kept for people to read.
         attention_bias: biases on the query, key and value projections.
         qk_norm: RMS norms on queries and keys, per head.
@@ -96,7 +97,7 @@ class UniXConfig(PreTrainedConfig):
         if self.plan is None:
             self.preset = self.preset or "shared"
             self.plan = plan_to_dicts(build_plan(self.preset, self.num_hidden_layers, self.preset_arguments))
-        plan_from_dicts(self.plan, self.num_hidden_layers)
+        self.plan = plan_to_dicts(plan_from_dicts(self.plan, self.num_hidden_layers))
 
     def _settle_vocabulary(self) -> None:
         if self.image_token_offset is None:

@@ -2,11 +2,13 @@
 
 A layer spec says which parts of a decoder layer are shared by text and image tokens, which exist once for each
 modality, and what a token sees. The presets at the end of this file are functions that return plans; a recipe can
-also spell a plan out, layer by layer. Nothing else in the package asks which architecture it runs.
+also spell a plan out, layer by layer or by ranges of layers. Nothing else in the package asks which architecture it
+runs.
 """
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -138,16 +140,44 @@ def build_plan(preset: str, num_hidden_layers: int, arguments: dict[str, Any] | 
         ) from None
 
 
-def plan_from_dicts(layers: list[dict[str, Any]], num_hidden_layers: int) -> Plan:
-    """A plan from its JSON form: one mapping a layer, holding what differs from a plain shared layer."""
-    if len(layers) != num_hidden_layers:
-        raise ConfigError(f"the plan has {len(layers)} layers, num_hidden_layers is {num_hidden_layers}")
+def plan_from_dicts(entries: list[dict[str, Any]], num_hidden_layers: int) -> Plan:
+    """A plan from its JSON form, whose mappings hold what differs from a plain shared layer.
+
+    Either one mapping a layer, or mappings with `layers: 3` or `layers: 0-11` (both ends included) for the layers that
+    they are about; a layer that none names is shared.
+
+    Raises:
+        ConfigError: for an unknown key, a layer that is not there or is named twice, or a wrong number of layers.
+    """
+    if any("layers" in entry for entry in entries):
+        entries = _by_layer(entries, num_hidden_layers)
+    if len(entries) != num_hidden_layers:
+        raise ConfigError(f"the plan has {len(entries)} layers, num_hidden_layers is {num_hidden_layers}")
     known = {field.name for field in fields(LayerSpec)}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(entries):
         if unknown := sorted(set(layer) - known):
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"plan, layer {index}: unknown key '{unknown[0]}'; the nearest known one is '{nearest}'")
-    return tuple(LayerSpec(**layer) for layer in layers)
+    return tuple(LayerSpec(**layer) for layer in entries)
+
+
+def _by_layer(entries: list[dict[str, Any]], num_hidden_layers: int) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any] | None] = [None] * num_hidden_layers
+    for entry in entries:
+        if "layers" not in entry:
+            raise ConfigError("plan: either every entry says its layers (layers: 0-11), or none does")
+        written = str(entry["layers"])
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", written)
+        if match is None:
+            raise ConfigError(f"plan: layers is a number or a range such as 0-11, not '{written}'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_hidden_layers:
+            raise ConfigError(f"plan: layers {written} do not lie within 0-{num_hidden_layers - 1}")
+        for index in range(first, last + 1):
+            if layers[index] is not None:
+                raise ConfigError(f"plan: layer {index} is named twice, the second time by layers {written}")
+            layers[index] = {key: value for key, value in entry.items() if key != "layers"}
+    return [layer or {} for layer in layers]
 
 
 def plan_to_dicts(plan: Plan) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
     set_seed(recipe.seed)
-    model = UniXForCausalLM(_config(recipe, text_tokenizer, image_tokenizer))
+    model = UniXForCausalLM(make_config(recipe, image_tokenizer, text_tokenizer))
     return ModelFolder(model, text_tokenizer, image_tokenizer)
 
 
@@ -234,18 +234,30 @@ def _try_schedule(arguments: TrainingArguments) -> None:
     )
 
 
-def _config(
-    recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerBase, image_tokenizer: ImageTokenizer
+def make_config(
+    recipe: TrainRecipe, image_tokenizer: ImageTokenizer, text_tokenizer: PreTrainedTokenizerBase | None = None
 ) -> UniXConfig:
+    """The configuration of the model that a recipe makes.
+
+    Without `text_tokenizer` it is that of a tokenizer yet to be trained, with as many tokens as the recipe says.
+    """
     section: ModelSection = recipe.model
     sizes = section.model_dump(exclude={"base", "rope_theta", "preset", "preset_arguments", "plan"})
     sizes |= _training_settings(recipe)
-    offset = len(text_tokenizer)
+    offset = recipe.text_tokenizer.vocab_size
+    if text_tokenizer is not None:
+        offset = len(text_tokenizer)
+        markers: Any = text_tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
+        sizes |= {
+            "vision_start_token_id": markers[0],
+            "vision_end_token_id": markers[1],
+            "eos_token_id": text_tokenizer.eos_token_id,
+            "pad_token_id": text_tokenizer.pad_token_id,
+        }
     if section.plan is None:
         sizes |= {"preset": section.preset, "preset_arguments": section.preset_arguments}
     else:
         sizes |= {"plan": section.plan}
-    markers: Any = text_tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
     return UniXConfig(
         **sizes,
         rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
@@ -253,10 +265,6 @@ def _config(
         image_token_offset=offset,
         image_codebook_size=image_tokenizer.codebook_size,
         image_grid=list(image_tokenizer.grid),
-        vision_start_token_id=markers[0],
-        vision_end_token_id=markers[1],
-        eos_token_id=text_tokenizer.eos_token_id,
-        pad_token_id=text_tokenizer.pad_token_id,
     )
 
 
