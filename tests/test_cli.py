@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from uni_x import cli
+from uni_x.data.text_tokenizer import train_text_tokenizer
+from uni_x.model import UniXForCausalLM
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
@@ -155,6 +159,63 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     for words in (["info", run / "model"], ["generate", run / "model", "a red disc"]):
         code, _, err = uni_x(*words)
         assert (code, err.count("\n")) == (1, 1)
+
+
+def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path: Path) -> None:
+    base, made, back = tmp_path / "base", tmp_path / "made", tmp_path / "back"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tokenizer = train_text_tokenizer(["a red disc"], 270)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, **sizes)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("plan: [{layers: 0-1, ffn: separate}]")
+    init = ["init", base, "--image-tokenizer", "scenes", "--init-vision-with-text"]
+
+    code, out, err = uni_x(*init, "--plan", plan, "--out", made)
+    assert (code, err) == (0, "")
+    assert "parameters)" in out
+    specs = AutoModelForCausalLM.from_pretrained(made).config.layer_specs
+    assert [spec.ffn for spec in specs] == ["separate", "separate", "shared"]
+    code, _, err = uni_x("generate", made, "a red disc", "--out", tmp_path / "drawing.png", "--device", "cpu")
+    assert (code, err) == (0, "")
+    code, _, err = uni_x("convert", made, back, "--to", "base")
+    assert (code, err) == (0, "")
+    ours, plain = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, back))
+    assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
+
+    for words, message in (
+        ([*init, "--plan", "shared", "--out", made], "is there already"),
+        ([*init, "--plan", "unix(1, 1)", "--out", tmp_path / "new"], "the nearest known one is 'uni-x'"),
+        ([*init, "--plan", "uni-x(2, 2)", "--out", tmp_path / "new"], "do not fit into 3"),
+        ([*init, "--plan", "absent.yaml", "--out", tmp_path / "new"], "absent.yaml: cannot be read"),
+        (["init", tmp_path / "absent", *init[2:], "--out", tmp_path / "new"], "cannot be loaded"),
+        (["convert", made, tmp_path / "new"], "say either --from reference or --to base"),
+        (["convert", base, tmp_path / "new", "--to", "base"], "not a Uni-X model"),
+    ):
+        code, _, err = uni_x(*words)
+        assert code == (2 if "say either" in message else 1)
+        assert err.count("\n") == 1
+        assert message in err
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_published_checkpoint_lacks_tokenizers(uni_x: RunCommand, tmp_path: Path) -> None:
+    source, made = Path(__file__).parent / "fixtures" / "published" / "mot", tmp_path / "made"
+    code, out, err = uni_x("convert", source, made, "--from", "reference")
+    assert (code, err) == (0, "")
+    assert (
+        f"warning: {made} lacks an image tokenizer (--image-tokenizer) and a text tokenizer (--text-tokenizer)" in out
+    )
+    assert isinstance(AutoModelForCausalLM.from_pretrained(made), UniXForCausalLM)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((source / "config.json").read_bytes())
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.mlp.odd.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, broken / "model.safetensors")
+    code, _, err = uni_x("convert", broken, tmp_path / "new", "--from", "reference")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the checkpoint lacks model.norm.weight" in err
 
 
 RECIPE = "data: {sources: [{path: absent}]}\n"

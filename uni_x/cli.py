@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -125,6 +125,58 @@ def train(
 
 
 @app.command()
+def init(
+    base: Annotated[str, typer.Argument(help="A pretrained LLM: a folder, a GGUF file, or its id on the hub.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or scenes.")],
+    plan: Annotated[str, typer.Option(help="A preset, as 'uni-x(12, 6)', or a YAML file with a plan.")] = "shared",
+    new_rows: Annotated[
+        Literal["mean", "codebook"],
+        typer.Option(help="Embeddings of the codes: the mean of all words, or spread around it as the codebook is."),
+    ] = "mean",
+    init_vision_with_text: Annotated[
+        bool, typer.Option("--init-vision-with-text", help="Start image layers as copies of text layers.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: that of the LLM]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+) -> None:
+    """Makes a model that also sees and draws out of a pretrained Qwen2, Qwen2.5, Qwen3 or Llama."""
+    from uni_x.workflows.convert import init
+
+    parameters = init(base, image_tokenizer, plan, out, new_rows, init_vision_with_text, dtype, seed)
+    typer.echo(f"Model: {out} ({parameters:,} parameters)")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder to read.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    read_from: Annotated[
+        Literal["reference"] | None, typer.Option("--from", help="The source has the layout of the published code.")
+    ] = None,
+    write_to: Annotated[
+        Literal["base"] | None, typer.Option("--to", help="Write the plain LLM that text passes.")
+    ] = None,
+    image_tokenizer: Annotated[
+        str | None, typer.Option(help="Image tokenizer to complete a published checkpoint with.")
+    ] = None,
+    text_tokenizer: Annotated[
+        Path | None, typer.Option(help="Text tokenizer to complete a published checkpoint with.")
+    ] = None,
+    image_token_offset: Annotated[
+        int | None, typer.Option(min=0, help="Id of image code 0, where a published checkpoint does not say it.")
+    ] = None,
+) -> None:
+    """Reads published checkpoints, or writes a model's text path as a plain Qwen2, Qwen3 or Llama."""
+    from uni_x.workflows.convert import convert
+
+    convert(source, destination, read_from, write_to, typer.echo, image_tokenizer, text_tokenizer, image_token_offset)
+    typer.echo(f"Model: {destination}")
+
+
+@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw; a question or text with --image or --text.")],
@@ -198,6 +250,8 @@ def _settle_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/accel")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it found none
     # threads of an operator that is done wait a moment and then sleep: spinning, which is the default, makes two
     # threads five times slower than one as soon as anything else runs on the machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

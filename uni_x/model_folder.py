@@ -6,6 +6,8 @@ goes through here.
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from uni_x.errors import DataError
 from uni_x.images import ImageTokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
+from uni_x.runs import writing_into
 
 IMAGE_TOKENIZER = "image_tokenizer"
 MODEL_TYPE = f'"model_type": "{UniXConfig.model_type}"'
@@ -36,22 +39,30 @@ class ModelFolder:
         return self
 
 
-def save_model_folder(folder: ModelFolder, path: str | Path) -> None:
-    """Writes the folder so that it is whole or not there; an older one at that place is replaced."""
+@contextmanager
+def saving_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a folder to write into that takes the place of `path` once everything in it is written."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    folder.model.save_pretrained(partial)
-    folder.text_tokenizer.save_pretrained(partial)
-    folder.image_tokenizer.save_pretrained(partial / IMAGE_TOKENIZER)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    with writing_into(path):
+        partial.mkdir(parents=True)
+        yield partial
+        _open_to_readers(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
 
 
-def load_model_folder(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> ModelFolder:
-    """Reads a model folder, with the model in eval mode on `device`; `dtype` None keeps the stored one.
+def save_model_folder(folder: ModelFolder, path: str | Path) -> None:
+    """Writes the folder so that it is whole or not there; an older one at that place is replaced."""
+    with saving_whole(path) as partial:
+        folder.model.save_pretrained(partial)
+        folder.text_tokenizer.save_pretrained(partial)
+        folder.image_tokenizer.save_pretrained(partial / IMAGE_TOKENIZER)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCausalLM:
+    """Reads the model of a folder, in eval mode on the CPU; `dtype` None keeps the stored one.
 
     Raises:
         DataError: that says what the folder lacks.
@@ -62,10 +73,37 @@ def load_model_folder(
         raise DataError(f"{path}: not a model folder (it has no config.json); train one with `uni-x train`")
     if MODEL_TYPE not in config_file.read_text(encoding="utf-8", errors="replace"):
         raise DataError(f"{config_file}: not a Uni-X model")
-    try:
-        model = UniXForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    with _loading(path):
+        return UniXForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+
+
+def load_model_folder(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> ModelFolder:
+    """Reads a complete model folder, with the model in eval mode on `device`; `dtype` None keeps the stored one.
+
+    Raises:
+        DataError: that says what the folder lacks.
+    """
+    path = Path(path)
+    model = load_model(path, dtype)
+    with _loading(path):
         text_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     image_tokenizer = ImageTokenizer.from_pretrained(path / IMAGE_TOKENIZER)
     return ModelFolder(model, text_tokenizer, image_tokenizer).to(device)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Gives files the permissions that the user's mask grants; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None

@@ -4,7 +4,17 @@ The cases of the folder in `UNI_X_GOLDEN` are run, by default those beside the t
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from uni_x.model import UniXForCausalLM
+from uni_x.workflows.convert import convert
+
+Load = Callable[..., UniXForCausalLM]
 
 GOLDEN = Path(os.environ.get("UNI_X_GOLDEN", Path(__file__).parents[1] / "fixtures"))
 
@@ -16,3 +26,20 @@ def folders(part: str) -> list[Path]:
 
 if not folders("reference") and not folders("published"):
     raise FileNotFoundError(f"{GOLDEN}: no golden data in it")
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A published checkpoint as users get it: converted into a folder of ours, and loaded by the Auto class."""
+    converted: dict[tuple[Path, int | None], Path] = {}
+
+    def load(folder: Path, offset: int | None = None) -> UniXForCausalLM:
+        if (folder, offset) not in converted:
+            target = converted[folder, offset] = tmp_path_factory.mktemp("converted") / folder.name
+            convert(folder, target, "reference", None, tell=lambda _: None, image_token_offset=offset)
+        model = AutoModelForCausalLM.from_pretrained(converted[folder, offset])
+        assert isinstance(model, UniXForCausalLM)
+        assert model.dtype == torch.float32
+        return model
+
+    return load

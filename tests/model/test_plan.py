@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from uni_x.errors import ConfigError
-from uni_x.model.plan import LayerSpec, build_plan, plan_from_dicts, plan_to_dicts
+from uni_x.model.plan import LayerSpec, build_plan, plan_from_dicts, plan_to_dicts, read_preset
 
 
 def test_uni_x_separates_both_ends_and_shares_the_middle() -> None:
@@ -30,6 +30,34 @@ def test_moe_separates_the_ffn_of_every_step_th_layer() -> None:
 def test_plans_survive_json(preset: str, arguments: dict[str, int]) -> None:
     plan = build_plan(preset, 4, arguments)
     assert plan_from_dicts(plan_to_dicts(plan), 4) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("shared", ("shared", {})),
+        ("uni-x(12, 6)", ("uni-x", {"first": 12, "last": 6})),
+        (" uni-x( 1, last=2, ends_see='all') ", ("uni-x", {"first": 1, "last": 2, "ends_see": "all"})),
+        ("moe(step=2)", ("moe", {"step": 2})),
+    ],
+)
+def test_presets_are_read_as_people_write_them(text: str, expected: tuple[str, dict[str, Any]]) -> None:
+    assert read_preset(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uni-x(12", "is not a plan"),
+        ("uni-x(open('x'))", "is not a plan"),
+        ("unix(1, 2)", "the nearest known one is 'uni-x'"),
+        ("moe(1, 2)", "2 arguments are too many; it takes step"),
+    ],
+)
+def test_unreadable_presets_are_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_preset(text)
+    assert message in str(caught.value)
 
 
 def test_a_plan_by_range_is_the_preset_it_spells_out() -> None:

@@ -40,7 +40,8 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
 
     Args:
         folder: the checkpoint.
-        image_token_offset: id of image code 0, for dense checkpoints, whose configuration does not say it.
+        image_token_offset: id of image code 0, for dense checkpoints, whose configuration does not say it; all rows
+            from there on count as codes then. Without it such a checkpoint is a model of text alone.
 
     Raises:
         DataError: for a missing file, or weights that do not fit the configuration.
@@ -72,7 +73,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], offset: int) -> UniXConfig:
     first_layer = "model.layers.0.self_attn"
     marker = settings.get("vision_start_id")
-    codes = min(settings.get("vision_vocab_size", 0), settings["vocab_size"] - offset)
+    behind = settings["vocab_size"] - offset
+    codes = min(settings.get("vision_vocab_size", behind), behind)
     return UniXConfig(
         **{name: settings[name] for name in KEPT_SIZES if name in settings},
         **_plan(settings, " ".join(weights)),

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from uni_x.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 VISION_START = "<|vision_start|>"
@@ -51,3 +51,17 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         additional_special_tokens=[VISION_START, VISION_END],
         clean_up_tokenization_spaces=False,
     )
+
+
+def settle_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Gives a pretrained tokenizer the image markers where it lacks them, and something to pad with.
+
+    Returns how many tokens were added. Raises `ConfigError` for a tokenizer without an end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the text tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    known = tokenizer.get_vocab()
+    lacking = [marker for marker in (VISION_START, VISION_END) if marker not in known]
+    return tokenizer.add_tokens(lacking, special_tokens=True) if lacking else 0

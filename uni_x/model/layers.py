@@ -48,8 +48,9 @@ class _CPURMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
+        normed = torch.mul(x, x)
+        scale = normed.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(x, scale, out=normed)
         ctx.save_for_backward(normed, weight, scale)
         return normed * weight
 
@@ -92,13 +93,13 @@ class RotaryEmbedding(nn.Module):
         if kind != "default":
             return ROPE_INIT_FUNCTIONS[kind](self.config, device)
         exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
-        return parameters.get("rope_theta", 10000.0) ** -exponents, 1.0
+        return 1.0 / parameters.get("rope_theta", 10000.0) ** exponents, 1.0  # to the bit what transformers computes
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Applies the rotary embedding to `(tokens, heads, head_dim)`; the two halves of a head are its pairs."""
     cosine, signed_sine = rotary
-    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), signed_sine)
+    return (x * cosine).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(signed_sine))
 
 
 class SelfAttention(nn.Module):

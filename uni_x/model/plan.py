@@ -6,6 +6,7 @@ also spell a plan out, layer by layer or by ranges of layers. Nothing else in th
 runs.
 """
 
+import ast
 import difflib
 import inspect
 import re
@@ -138,6 +139,30 @@ def build_plan(preset: str, num_hidden_layers: int, arguments: dict[str, Any] | 
         raise ConfigError(
             f"plan {preset}: {str(error).split('() ')[-1]}; it takes {', '.join(taken) or 'no arguments'}"
         ) from None
+
+
+def read_preset(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a preset as one writes it: `shared`, `uni-x(12, 6)`, `moe(step=2)`.
+
+    Raises:
+        ConfigError: for what cannot be read so, an unknown preset, or arguments that it does not take.
+    """
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", text)
+    try:
+        call = ast.parse(f"preset({match[2] or ''})" if match else text, mode="eval").body
+        assert match is not None
+        assert isinstance(call, ast.Call)
+        values = [ast.literal_eval(value) for value in call.args]
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ConfigError(f"'{text}' is not a plan; write it as uni-x(12, 6) or moe(step=2)") from None
+    preset = match[1]
+    if preset not in PRESETS:
+        build_plan(preset, 1)  # says which is the nearest
+    names = list(inspect.signature(PRESETS[preset]).parameters)[1:]
+    if len(values) > len(names):
+        raise ConfigError(f"plan {preset}: {len(values)} arguments are too many; it takes {', '.join(names) or 'none'}")
+    return preset, dict(zip(names, values, strict=False)) | named
 
 
 def plan_from_dicts(entries: list[dict[str, Any]], num_hidden_layers: int) -> Plan:

@@ -23,9 +23,9 @@ from uni_x.data.collate import Collator
 from uni_x.data.dataset import TrainingData
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
 from uni_x.data.shards import EncodedSamples
-from uni_x.data.text_tokenizer import VISION_END, VISION_START, train_text_tokenizer
+from uni_x.data.text_tokenizer import VISION_END, VISION_START, settle_special_tokens, train_text_tokenizer
 from uni_x.devices import choose_device, keep_freed_memory
-from uni_x.errors import DataError, RecipeError, RunError
+from uni_x.errors import ConfigError, DataError, RecipeError, RunError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model.plan import build_plan, plan_from_dicts
@@ -275,13 +275,12 @@ def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokeni
     if not Path(section.path).is_dir():
         raise DataError(f"text_tokenizer.path: {section.path} is not a folder")
     tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
-    added = tokenizer.add_tokens([VISION_START, VISION_END], special_tokens=True)
+    try:
+        added = settle_special_tokens(tokenizer)
+    except ConfigError as error:
+        raise RunError(f"text_tokenizer.path: {section.path}: {error}") from None
     if added:
         logger.info("the text tokenizer gained %d image markers", added)
-    if tokenizer.eos_token_id is None:
-        raise RunError(f"text_tokenizer.path: {section.path} has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
