@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
@@ -13,8 +15,28 @@ def test_two_processes_have_the_losses_of_one(engine: str) -> None:
     """With uneven targets, and with steps in which a rank has one modality alone or nothing to learn."""
     if engine != "fsdp":
         pytest.importorskip("deepspeed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), engine]
+    assert "ok" in launch(2, str(WORKER), engine).split()
+
+
+def test_the_trainer_of_transformers_has_the_losses_of_one_process() -> None:
+    """Ten steps, under DDP and ZeRO-3, with uneven targets and steps in which a rank has no image, or nothing else."""
+    pytest.importorskip("deepspeed")
+    one, *others = (
+        losses(launch(1 if engine == "one" else 2, "-m", "tests.distributed.trainer_worker", engine))
+        for engine in ("one", "ddp", "zero3")
+    )
+    assert len(one) == 10
+    for engine in others:
+        assert engine == pytest.approx(one, abs=1e-5)
+
+
+def launch(processes: int, *words: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "ok" in run.stdout.split()
+    return run.stdout
+
+
+def losses(output: str) -> list[float]:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("[")))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.model.conftest import CODES, MARKER, TEXT
 from uni_x.errors import InputError
 from uni_x.model import UniXCache, UniXConfig, UniXForCausalLM
+from uni_x.model.layout import build_layout
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 MakeModel = Callable[..., UniXForCausalLM]
@@ -102,6 +103,50 @@ def test_saved_and_loaded_by_the_auto_class(make_model: MakeModel, tmp_path: Pat
     assert AutoConfig.from_pretrained(tmp_path).preset == "uni-x"
 
 
+def test_saved_in_shards_and_loaded_in_another_dtype(make_model: MakeModel, tmp_path: Path, mixed: Batch) -> None:
+    model = make_model(preset="uni-x", preset_arguments={"first": 1, "last": 1})
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(*mixed).logits, model(*mixed).logits)
+        half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+        assert half(*mixed).logits.dtype == torch.bfloat16
+
+
+def test_spread_by_a_device_map(make_model: MakeModel, tmp_path: Path, mixed: Batch) -> None:
+    """Layers left on the disk are fetched when they run; accelerate moves what they are given."""
+    model = make_model(preset="uni-x", preset_arguments={"first": 2, "last": 1})
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{index}": ("cpu", "disk")[index % 2] for index in range(5)}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    with torch.no_grad():
+        assert torch.equal(spread(*mixed).logits, model(*mixed).logits)
+        torch.testing.assert_close(spread(*mixed, labels=mixed[0]).loss, model(*mixed, labels=mixed[0]).loss)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(spread.generate(*mixed[:1], **settings), model.generate(*mixed[:1], **settings))
+
+
+def test_a_layout_moves_as_a_whole(make_model: MakeModel, mixed: Batch) -> None:
+    config = make_model().config
+    layout = build_layout(config, *mixed, cache_lengths=UniXCache(config, 3).lengths).to("meta")
+    tensors = [layout.order, layout.positions, layout.everything.blocks.gather, layout.image.cache_step.rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_compiled_it_computes_the_same(make_model: MakeModel, mixed: Batch) -> None:
+    model, (ids, mask) = (
+        make_model(preset="uni-x", preset_arguments={"first": 1, "last": 1}, num_hidden_layers=3),
+        mixed,
+    )
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, mask).logits, model(ids, mask).logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_agrees_with_and_without_the_cache(
     make_model: MakeModel, plan: dict[str, Any], mixed: Batch, beams: int
@@ -111,6 +156,19 @@ def test_generate_agrees_with_and_without_the_cache(
     cached = model.generate(ids[:, :8], attention_mask=mask[:, :8], **settings)
     plain = model.generate(ids[:, :8], attention_mask=mask[:, :8], use_cache=False, **settings)
     assert torch.equal(cached, plain)
+
+
+def test_generate_samples_the_same_with_and_without_the_cache(make_model: MakeModel, mixed: Batch) -> None:
+    model, (ids, mask) = make_model(preset="uni-x", preset_arguments={"first": 2, "last": 1}), mixed
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(
+            model.generate(
+                ids[:, :8], attention_mask=mask[:, :8], do_sample=True, top_k=20, max_new_tokens=6, use_cache=use_cache
+            )
+        )
+    assert torch.equal(*drawn)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(make_model: MakeModel, mixed: Batch) -> None:

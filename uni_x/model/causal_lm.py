@@ -14,7 +14,7 @@ from uni_x.model.cache import UniXCache
 from uni_x.model.config import UniXConfig
 from uni_x.model.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from uni_x.model.layout import TokenLayout, build_layout
-from uni_x.model.loss import LanguageModelHead, LossOptions, Targets
+from uni_x.model.loss import LanguageModelHead, LossOptions, Targets, apply_head
 
 IGNORED = -100
 
@@ -140,10 +140,19 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         vocabulary_range: tuple[int, int] | None,
     ) -> torch.Tensor:
         if isinstance(keep, int) and keep == 0:
-            return layout.unflatten(self.lm_head(hidden, vocabulary_range=vocabulary_range))
+            return layout.unflatten(self._run_head(hidden, vocabulary_range=vocabulary_range))
         kept = layout.unflatten(hidden)
         kept = kept[:, -keep:] if isinstance(keep, int) else kept[:, keep]
-        return self.lm_head(kept, vocabulary_range=vocabulary_range)
+        return self._run_head(kept, vocabulary_range=vocabulary_range)
+
+    def _run_head(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        head = self.lm_head
+        if hasattr(head, "lora_A"):
+            raise InputError("LoRA on lm_head is not supported; train its image rows by trainable_token_indices")
+        if type(head) is nn.Linear or hasattr(head, "token_adapter"):
+            # resized by transformers, or given rows to train by PEFT: these know logits alone, but have their weight
+            return apply_head(hidden, head.weight, *arguments, **options)
+        return head(hidden, *arguments, **options)
 
     def _losses(
         self, hidden: torch.Tensor, targets: Targets, items: torch.Tensor | int | None, cache: UniXCache | None
@@ -157,7 +166,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             image_weight=config.image_loss_weight,
             z_loss=config.z_loss,
         )
-        total, loss_text, loss_image = self.lm_head(hidden, targets, options)
+        total, loss_text, loss_image = self._run_head(hidden, targets, options)
         counts = [torch.tensor(size, device=total.device) for size in targets.sizes]
         divisor = max(1, sum(targets.sizes)) if items is None else torch.as_tensor(items).clamp(min=1)
         return UniXOutput(
@@ -169,6 +178,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             targets_image=counts[1],
         )
 
+    @torch.compiler.disable
     def _targets(self, labels: torch.Tensor, layout: TokenLayout) -> Targets:
         """The positions with a target, in the order of the layout, those with a text target first."""
         if tuple(labels.shape) != layout.shape:

@@ -8,7 +8,8 @@ passed down as one value: nothing is recomputed in a layer, and no layer waits f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,15 +94,19 @@ class TokenLayout:
     image: Stream
     new_tokens: "CacheLengths"
 
+    def to(self, device: torch.device | str, **options: Any) -> "TokenLayout":
+        """The same on another device; accelerate calls it where a model is spread over several."""
+        return _move(self, device, options)
+
     def flatten(self, values: torch.Tensor) -> torch.Tensor:
         """`(batch, length, ...)` to `(tokens, ...)` in the order of the layers."""
-        return values.flatten(0, 1).index_select(0, self.order)
+        return values.flatten(0, 1).index_select(0, self.order.to(values.device))
 
     def unflatten(self, values: torch.Tensor) -> torch.Tensor:
         """`(tokens, ...)` back to `(batch, length, ...)`, zeros where there is padding."""
         batch, length = self.shape
         full = values.new_zeros((batch * length, *values.shape[1:]))
-        return full.index_copy(0, self.order, values).unflatten(0, (batch, length))
+        return full.index_copy(0, self.order.to(values.device), values).unflatten(0, (batch, length))
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class CacheLengths:
         return CacheLengths(self.total[rows], self.text[rows], self.image[rows])
 
 
+@torch.compiler.disable
 def build_layout(
     config: UniXConfig,
     input_ids: torch.Tensor,
@@ -312,6 +318,14 @@ def _cache_step(rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, devic
         queries=queries,
         mask=None if mask.all() else torch.from_numpy(mask[:, None]).to(device),
     )
+
+
+def _move(part: Any, device: torch.device | str, options: dict[str, Any]) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.to(device, **options)
+    if not is_dataclass(part) or isinstance(part, CacheLengths):
+        return part
+    return replace(part, **{f.name: _move(getattr(part, f.name), device, options) for f in fields(part)})  # type: ignore
 
 
 def _host(values: torch.Tensor) -> np.ndarray:

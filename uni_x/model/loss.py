@@ -30,6 +30,10 @@ class Targets:
     ids: torch.Tensor
     sizes: tuple[int, int]
 
+    def to(self, device: torch.device | str, **options: Any) -> "Targets":
+        """The same on another device; accelerate calls it where a model is spread over several."""
+        return Targets(self.rows.to(device, **options), self.ids.to(device, **options), self.sizes)
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -60,12 +64,20 @@ class LanguageModelHead(nn.Linear):
         The three are the weighted total, which alone carries a gradient, and the plain text and image losses.
         `vocabulary_range` asks for the logits of the ids from its first to before its last alone.
         """
-        if vocabulary_range is not None:
-            return F.linear(hidden, self.weight[slice(*vocabulary_range)])
-        if targets is None or options is None:
-            return super().forward(hidden)
-        chosen = hidden.index_select(0, targets.rows)
-        return _ChunkedLoss.apply(chosen, self.weight, targets, options)
+        return apply_head(hidden, self.weight, targets, options, vocabulary_range)
+
+
+def apply_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: Targets | None = None,
+    options: LossOptions | None = None,
+    vocabulary_range: tuple[int, int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `LanguageModelHead` computes, with a weight `(vocab_size, hidden_size)` from elsewhere."""
+    if targets is not None and options is not None:
+        return _ChunkedLoss.apply(hidden.index_select(0, targets.rows), weight, targets, options)
+    return F.linear(hidden, weight if vocabulary_range is None else weight[slice(*vocabulary_range)])
 
 
 class _ChunkedLoss(torch.autograd.Function):
