@@ -1,10 +1,23 @@
-"""Causal attention over one stream of tokens, with and without a cache."""
+"""Causal attention over one stream of tokens, with and without a cache.
+
+Without a cache there are two backends, chosen by what is there: on CUDA in half precision torch's flash attention for
+segments of any length (`torch.nn.attention.varlen`), everywhere else SDPA on blocks of segments of similar length.
+Neither makes a mask of length squared.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from uni_x.model.cache import Store
-from uni_x.model.layout import AttentionBlocks, CacheStep, Stream
+from uni_x.model.layout import AttentionBlocks, CacheStep, Segments, Stream
+
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+CAUSAL = (-1, 0)  # window: everything before, nothing behind
 
 
 def attend(
@@ -25,12 +38,40 @@ def attend(
         # keeps every weight in the graph, so that gradients exist (as zeros) on ranks without such tokens
         return (queries + (keys.sum() + values.sum())).flatten(1)
     step = stream.cache_step
-    if store is None or step is None:
-        return _attend_blocks(queries, keys, values, stream.blocks)
-    store.append(keys, values, step)
-    if step.prefill:
-        return _attend_blocks(queries, keys, values, stream.blocks)
-    return _attend_store(queries, store, step)
+    if store is not None and step is not None:
+        store.append(keys, values, step)
+        if not step.prefill:
+            return _attend_store(queries, store, step)
+    if stream.segments is not None and queries.dtype in VARLEN_DTYPES and (kernel := varlen_kernel()) is not None:
+        return _attend_segments(queries, keys, values, stream.segments, kernel)
+    return _attend_blocks(queries, keys, values, stream.blocks)
+
+
+@cache
+def varlen_kernel() -> Callable[..., Any] | None:
+    """torch's attention over segments of any length; None where this torch lacks it, or lacks grouped queries in it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def _attend_segments(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    segments: Segments,
+    kernel: Callable[..., Any],
+) -> torch.Tensor:
+    grouped = queries.shape[1] != keys.shape[1]
+    if segments.order is not None:
+        queries, keys, values = (x.index_select(0, segments.order) for x in (queries, keys, values))
+    bounds, longest = segments.boundaries, segments.longest
+    output = kernel(
+        queries, keys, values, bounds, bounds, longest, longest, window_size=CAUSAL, enable_gqa=grouped
+    ).flatten(1)
+    return output if segments.inverse is None else output.index_select(0, segments.inverse)
 
 
 def _attend_blocks(

@@ -17,6 +17,7 @@ import torch
 from uni_x.errors import InputError
 from uni_x.model.config import UniXConfig
 
+SEGMENT_DEVICES = {"cuda"}  # that may have a kernel for segments of any length
 BLOCK_FILL = 0.8  # a block takes segments down to this share of its longest
 
 
@@ -37,6 +38,23 @@ class AttentionBlocks:
     shapes: tuple[tuple[int, int], ...]
     gather: torch.Tensor | None
     scatter: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How one stream of tokens is cut for kernels that take segments of any length one after the other.
+
+    Attributes:
+        order: for each place, segment by segment, the index of its token; None where the stream has that order.
+        inverse: for each token of the stream its place; None likewise.
+        boundaries: `(segments + 1,)` int32, where segments begin, and the end.
+        longest: tokens of the longest segment.
+    """
+
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+    boundaries: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -66,10 +84,14 @@ class CacheStep:
 
 @dataclass(frozen=True)
 class Stream:
-    """One set of tokens that see each other: everything, text alone or images alone."""
+    """One set of tokens that see each other: everything, text alone or images alone.
+
+    `segments` is there where a kernel for them may be (on CUDA), `cache_step` where a cache is in use.
+    """
 
     blocks: AttentionBlocks
     cache_step: CacheStep | None = None
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True)
@@ -188,10 +210,11 @@ def build_layout(
         within = segments if selected is None else segments[selected]
         tokens = place if selected is None else np.arange(selected.size)
         blocks = _blocks(within, tokens, device)
+        cut = _cut(within, tokens, device) if device.type in SEGMENT_DEVICES else None
         if cache_lengths is None or lengths is None:
-            return Stream(blocks)
+            return Stream(blocks, segments=cut)
         step_rows = rows if selected is None else rows[selected]
-        return Stream(blocks, _cache_step(step_rows, tokens, lengths, device))
+        return Stream(blocks, _cache_step(step_rows, tokens, lengths, device), cut)
 
     lengths = (cache_lengths.total, cache_lengths.text, cache_lengths.image) if cache_lengths else (None,) * 3
     return TokenLayout(
@@ -267,6 +290,19 @@ def _blocks(segments: np.ndarray, tokens: np.ndarray, device: torch.device) -> A
     if gather.size == segments.size and np.array_equal(gather, np.arange(gather.size)):
         return AttentionBlocks(tuple(shapes), None, None)
     return AttentionBlocks(tuple(shapes), _tensor(gather, device), _tensor(scatter, device))
+
+
+def _cut(segments: np.ndarray, tokens: np.ndarray, device: torch.device) -> Segments | None:
+    """The stream segment by segment; `tokens` is the index in the stream of each token, segment by segment."""
+    if not segments.size:
+        return None
+    starts = np.flatnonzero(np.diff(segments, prepend=-1))
+    boundaries = np.append(starts, segments.size).astype(np.int32)
+    longest = int(np.diff(boundaries).max())
+    if np.array_equal(tokens, np.arange(tokens.size)):
+        return Segments(None, None, _tensor(boundaries, device), longest)
+    inverse = np.argsort(tokens, kind="stable")
+    return Segments(_tensor(tokens, device), _tensor(inverse, device), _tensor(boundaries, device), longest)
 
 
 def _similar(lengths: np.ndarray) -> Sequence[np.ndarray]:
