@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,12 +24,29 @@ def gradients(model: UniXForCausalLM, value: torch.Tensor) -> dict[str, torch.Te
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26])
+class LigerStandIn:
+    """Liger's kernel needs a GPU; this has its documented meaning: sums, with the z-loss inside and apart."""
+
+    def __init__(self, reduction: str, lse_square_scale: float, return_z_loss: bool, accum_dtype: torch.dtype):
+        assert (reduction, return_z_loss, accum_dtype) == ("sum", True, torch.float32)
+        self.scale = lse_square_scale
+
+    def __call__(self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor) -> SimpleNamespace:
+        logits = _input @ lin_weight.t()
+        z_loss = self.scale * logits.logsumexp(-1).square().sum()
+        return SimpleNamespace(loss=cross_entropy(logits, target, reduction="sum") + z_loss, z_loss=z_loss)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26, "liger"])
 @pytest.mark.parametrize("head", ["full", "by_modality"])
 def test_chunks_give_the_loss_and_gradients_of_plain_cross_entropy(
-    make_model: MakeModel, mixed: Batch, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, head: str
+    make_model: MakeModel, mixed: Batch, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int | str, head: str
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
+    if chunk_bytes == "liger":
+        monkeypatch.setattr(loss, "LIGER_DEVICES", {"cpu"})
+        monkeypatch.setattr(loss, "liger_loss", lambda: LigerStandIn)
+    else:
+        monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
     model = make_model(
         preset="uni-x",
         preset_arguments={"first": 1, "last": 1},

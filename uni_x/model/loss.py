@@ -2,17 +2,21 @@
 
 Logits of a whole batch over a vocabulary of 150,000 outweigh everything else in a training step. Here a chunk of
 tokens gets its logits, its loss and its gradients at once and the logits are dropped (the idea of Liger Kernel's fused
-linear cross entropy, Hsu et al., 2024), so that no logit is kept and none is computed twice. The loss lives in the
-module that owns the head's weight: under ZeRO-3 and FSDP a weight is whole only while its own module runs.
+linear cross entropy, Hsu et al., 2024), so that no logit is kept and none is computed twice; on CUDA that kernel itself
+does it where it is installed. The loss lives in the module that owns the head's weight: under ZeRO-3 and FSDP a weight
+is whole only while its own module runs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+LIGER_DEVICES = {"cuda"}
 CHUNK_BYTES = 64 * 2**20  # logits of a chunk
 
 
@@ -76,8 +80,43 @@ def apply_head(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `LanguageModelHead` computes, with a weight `(vocab_size, hidden_size)` from elsewhere."""
     if targets is not None and options is not None:
-        return _ChunkedLoss.apply(hidden.index_select(0, targets.rows), weight, targets, options)
+        chosen = hidden.index_select(0, targets.rows)
+        kernel = liger_loss() if chosen.device.type in LIGER_DEVICES and chosen.shape[0] else None
+        if kernel is not None:
+            return _losses_by_liger(chosen, weight, targets, options, kernel)
+        return _ChunkedLoss.apply(chosen, weight, targets, options)
     return F.linear(hidden, weight if vocabulary_range is None else weight[slice(*vocabulary_range)])
+
+
+@cache
+def liger_loss() -> Callable[..., Any] | None:
+    """Liger Kernel's fused linear cross entropy, None where it is not installed."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss
+
+
+def _losses_by_liger(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: Targets, options: LossOptions, kernel: Callable[..., Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fused = kernel(
+        reduction="sum", lse_square_scale=options.z_loss, return_z_loss=True, accum_dtype=torch.float32
+    )  # its loss holds the z-loss, which it returns apart too
+    total, plain = hidden.new_zeros((), dtype=torch.float32), []
+    weights = (options.text_weight, options.image_weight)
+    parts = zip(hidden.split(targets.sizes), targets.ids.split(targets.sizes), strict=True)
+    for (rows, ids), loss_weight, (first, last) in zip(
+        parts, weights, _vocabularies(weight.shape[0], options), strict=True
+    ):
+        if not rows.shape[0]:
+            plain.append(torch.zeros_like(total))
+            continue
+        output = fused(weight[first:last], rows, ids - first)
+        total = total + loss_weight * output.loss.float()
+        plain.append((output.loss - output.z_loss).detach().float())
+    return total, plain[0], plain[1]
 
 
 class _ChunkedLoss(torch.autograd.Function):
