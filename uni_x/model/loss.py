@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 LIGER_DEVICES = {"cuda"}
-CHUNK_BYTES = 64 * 2**20  # logits of a chunk
+# of the logits of a chunk, at the most: the weight is read, and its gradient added to, once a chunk
+CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -186,17 +187,26 @@ def _sum_over_chunks(
     """Sums of cross entropy and of the squared log-partition; adds their weighted gradients in place."""
     loss = hidden.new_zeros((), dtype=torch.float32)
     z_loss = torch.zeros_like(loss)
-    chunk = max(1, CHUNK_BYTES // (4 * max(1, weight.shape[0])))
-    for start in range(0, hidden.shape[0], chunk):
+    count = hidden.shape[0]
+    chunks = -(-count * 4 * weight.shape[0] // CHUNK_BYTES)
+    chunk = max(1, -(-count // max(1, chunks)))
+    on_cpu = hidden.device.type == "cpu"
+    # one piece of memory for the logits of all chunks: fresh pages for each would cost as much as the softmax
+    buffer = hidden.new_empty((chunk, weight.shape[0])) if on_cpu else None
+    for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
-        logits = (hidden[rows] @ weight.t()).float()
+        part = hidden[rows]
+        logits = torch.mm(part, weight.t(), out=None if buffer is None else buffer[: part.shape[0]]).float()
         target = ids[rows, None]
-        partition = logits.logsumexp(dim=-1, keepdim=True)
-        loss += (partition - logits.gather(1, target)).sum()
+        of_target = logits.gather(1, target)
+        top, place = logits.max(dim=-1, keepdim=True)
+        # a CPU's softmax over the last dimension works row by row, and may write where it reads
+        gradient = torch.softmax(logits, dim=-1, out=logits if on_cpu else None)
+        partition = top - gradient.gather(1, place).log()
+        loss += (partition - of_target).sum()
         z_loss += partition.square().sum()
         if hidden_gradient is None and weight_gradient is None:
             continue
-        gradient = logits.sub_(partition).exp_()
         if z_weight:
             gradient.mul_(1 + 2 * z_weight * partition)
         gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
@@ -207,7 +217,7 @@ def _sum_over_chunks(
             torch.mm(gradient, weight, out=hidden_gradient[rows])
         if weight_gradient is not None:
             if gradient.dtype == weight_gradient.dtype:
-                weight_gradient.addmm_(gradient.t(), hidden[rows])
+                weight_gradient.addmm_(gradient.t(), part)
             else:
-                weight_gradient += gradient.t() @ hidden[rows]
+                weight_gradient += gradient.t() @ part
     return loss, z_loss

@@ -150,9 +150,9 @@ def training_memory(
     activations = sum(kept)
     if checkpointing:
         activations = weight_bytes * tokens * config.hidden_size * len(kept) + max(kept)
-    # the chunk of logits and what its softmax makes of it, and the gradients that the loss hands on
+    # a chunk of logits, and the gradients that the loss hands on
     chunk = min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
-    head = 2 * chunk + 4 * config.hidden_size * config.vocab_size + weight_bytes * tokens * config.hidden_size * 3
+    head = chunk + 4 * config.hidden_size * config.vocab_size + weight_bytes * tokens * config.hidden_size * 3
     return TrainingMemory(
         weights=parameters * weight_bytes / (devices if zero_stage >= 3 else 1),
         gradients=parameters * weight_bytes / (devices if zero_stage >= 2 else 1),
