@@ -98,6 +98,13 @@ def test_no_target_at_all_is_a_loss_of_zero(make_model: MakeModel) -> None:
     assert all(not weight.grad.any() for weight in model.parameters())
 
 
+def test_a_second_backward_is_refused_instead_of_wrong(make_model: MakeModel, mixed: Batch) -> None:
+    total = make_model().train()(*mixed, labels=mixed[0]).loss
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs through it once"):
+        total.backward()
+
+
 def test_a_range_of_the_vocabulary_is_a_part_of_all_logits(make_model: MakeModel, mixed: Batch) -> None:
     model = make_model()
     with torch.no_grad():

@@ -153,19 +153,20 @@ class _ChunkedLoss(torch.autograd.Function):
             start += size
         gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
         ctx.save_for_backward(hidden_gradient, gradient)
+        ctx.spent = False
         ctx.mark_non_differentiable(*plain)
         return total, *plain
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden, weight = ctx.saved_tensors
-        scale = gradients[0]
-        return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
-            None if weight is None else weight * scale.to(weight.dtype),
-            None,
-            None,
+        if ctx.spent:
+            raise RuntimeError("the gradients of this loss are scaled in place, so backward runs through it once")
+        ctx.spent = True
+        hidden, weight = (
+            None if gradient is None else gradient.mul_(gradients[0].to(gradient.dtype))
+            for gradient in ctx.saved_tensors
         )
+        return hidden, weight, None, None
 
 
 def _vocabularies(vocab_size: int, options: LossOptions) -> tuple[tuple[int, int], tuple[int, int]]:
