@@ -116,7 +116,7 @@ def bytes_allow(ours: UniXForCausalLM, dense: torch.nn.Module, words: int) -> fl
 def our_cache_bytes(model: UniXForCausalLM) -> int:
     """What is allocated for the rows of a drawing, as the engine does it."""
     prompts, unconditional = make_prompts()
-    cache = UniXCache(model.config, 2 * PROMPTS, PROMPT_LENGTH, CODES)
+    cache = UniXCache(model.config, 2 * PROMPTS, PROMPT_LENGTH - 1, CODES)  # the marker goes with the image
     ids = torch.cat((prompts, unconditional.expand_as(prompts)))
     for _ in range(CODES):
         logits = model(ids, cache=cache, logits_to_keep=1).logits

@@ -198,6 +198,17 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
         assert message in err
         assert not (tmp_path / "new").exists()
 
+    weights = load_file(made / "model.safetensors")
+    odd = weights.pop("model.layers.1.image.mlp.up_proj.weight")
+    for content, message in (
+        (weights, "the checkpoint lacks model.layers.1.image.mlp.up_proj.weight (1 in all)"),
+        ({**weights, "model.layers.1.image.mlp.up_proj.weight": odd, "model.odd": odd}, "has the unknown model.odd"),
+    ):
+        save_file(content, made / "model.safetensors", metadata={"format": "pt"})
+        code, _, err = uni_x("generate", made, "a red disc", "--out", tmp_path / "drawing.png", "--device", "cpu")
+        assert code == 1
+        assert message in err.splitlines()[-1]
+
 
 def test_a_published_checkpoint_lacks_tokenizers(uni_x: RunCommand, tmp_path: Path) -> None:
     source, made = Path(__file__).parent / "fixtures" / "published" / "mot", tmp_path / "made"

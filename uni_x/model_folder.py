@@ -74,7 +74,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCau
     if MODEL_TYPE not in config_file.read_text(encoding="utf-8", errors="replace"):
         raise DataError(f"{config_file}: not a Uni-X model")
     with _loading(path):
-        return UniXForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+        model, report = UniXForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    for problem, names in (("lacks", report["missing_keys"]), ("has the unknown", report["unexpected_keys"])):
+        if names:
+            raise DataError(f"{path}: the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+    return model
 
 
 def load_model_folder(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from uni_x.errors import InputError
+from uni_x.generation.packed import PackedWeights
 from uni_x.generation.sampling import Sampling, draw, filtered_probabilities, guide
 from uni_x.model.cache import UniXCache
 from uni_x.model.causal_lm import UniXForCausalLM
@@ -83,6 +84,7 @@ class Engine:
             raise InputError(f"max_rows is 2 or more, not {max_rows}")
         self.model = model
         self.max_rows = max_rows
+        self.packed = PackedWeights(model)
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -161,23 +163,37 @@ class Engine:
         prompts = [request.prompt for request in requests] + [requests[i].unconditional_prompt for i in guided]
         ids, mask = self._pad(prompts)
         new_tokens = max(request.max_new_tokens for request in requests)
+        texts, images = self._longest(prompts)
+        # the last new token is never fed back
         cache = UniXCache(
-            self.model.config, len(prompts), ids.shape[1] + (0 if image else new_tokens), new_tokens if image else 0
+            self.model.config,
+            len(prompts),
+            texts + (0 if image else new_tokens - 1),
+            images + (new_tokens - 1 if image else 0),
         )
         running = _Running(sequences, guided, self.model.device)
         attention_mask: torch.Tensor | None = mask
-        while True:
-            output = self.model(ids, attention_mask, cache=cache, logits_to_keep=1, vocabulary_range=allowed)
-            tokens = running.sample(output.logits[:, -1]) + allowed[0]
-            kept = running.advance(tokens.tolist())
-            if not running.sequences:
-                break
-            if kept is not None:
-                cache.select(kept)
-                tokens = tokens[running.last_kept]
-            ids = torch.cat((tokens, tokens[running.guided]))[:, None]
-            attention_mask = None
+        with self.packed.in_use():
+            while True:
+                output = self.model(ids, attention_mask, cache=cache, logits_to_keep=1, vocabulary_range=allowed)
+                tokens = running.sample(output.logits[:, -1]) + allowed[0]
+                kept = running.advance(tokens.tolist())
+                if not running.sequences:
+                    break
+                if kept is not None:
+                    cache.select(kept)
+                    tokens = tokens[running.last_kept]
+                ids = torch.cat((tokens, tokens[running.guided]))[:, None]
+                attention_mask = None
         return [Completion(sequence.ids, sequence.finished) for sequence in sequences]
+
+    def _longest(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
+        """Text tokens of the prompt that has most of them, and image tokens of the one that has most of those."""
+        config = self.model.config
+        markers = set(config.image_marker_ids)
+        images = [sum(token >= config.image_token_offset or token in markers for token in ids) for ids in prompts]
+        texts = [len(ids) - count for ids, count in zip(prompts, images, strict=True)]
+        return max(texts), max(images)
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask `(rows, longest)`, padded on the left."""

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from tests.model.conftest import CODES, MARKER, TEXT
+from uni_x.generation.engine import Engine, Request
+from uni_x.generation.packed import MAX_ROWS, PackedWeights
+from uni_x.generation.sampling import Sampling
+from uni_x.model import UniXConfig, UniXForCausalLM
+
+RANGE = (TEXT, TEXT + CODES)
+
+
+@pytest.fixture
+def model() -> UniXForCausalLM:
+    torch.manual_seed(0)
+    config = UniXConfig(
+        vocab_size=TEXT + CODES,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        attention_bias=True,
+        preset="uni-x",
+        preset_arguments={"first": 1, "last": 1},
+        image_token_offset=TEXT,
+        image_codebook_size=CODES,
+        vision_start_token_id=MARKER,
+    )
+    model = UniXForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 8, MAX_ROWS, MAX_ROWS + 1])
+def test_packed_weights_give_the_same_logits(model: UniXForCausalLM, rows: int) -> None:
+    ids = torch.randint(0, TEXT + CODES, (rows, 1), generator=torch.Generator().manual_seed(rows))
+    packed = PackedWeights(model)
+    if not packed.is_possible:
+        pytest.skip("this torch has no packed product for this CPU")
+    with torch.inference_mode():
+        expected = model(ids, vocabulary_range=RANGE).logits
+        with packed.in_use():
+            assert "forward" in vars(model.lm_head)
+            ours = model(ids, vocabulary_range=RANGE).logits
+            assert model(ids).logits.shape[-1] == TEXT + CODES
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_weights_that_have_changed_are_packed_anew(model: UniXForCausalLM) -> None:
+    engine = Engine(model)
+    request = Request([3, 4, MARKER], 12, image=True, sampling=Sampling(temperature=0.0))
+    before = engine.generate([request])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ids = torch.tensor([[3, 4, MARKER, *range(TEXT, TEXT + 12)]])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    after = engine.generate([request])
+    assert after != before
+    assert after == Engine(model).generate([request])
+
+
+def test_other_dtypes_are_left_alone(model: UniXForCausalLM) -> None:
+    packed = PackedWeights(model.to(torch.bfloat16))
+    assert not packed.is_possible
+    with packed.in_use():
+        assert not any("forward" in vars(module) for module in model.modules())
