@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from uni_x import cli
 from uni_x.data.text_tokenizer import train_text_tokenizer
+from uni_x.errors import RunError
 from uni_x.model import UniXForCausalLM
+from uni_x.runs import RunFolder, writing_into
 
 RunCommand = Callable[..., tuple[int, str, str]]
 
@@ -88,6 +90,8 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     encode = ["encode", pictures, "--image-tokenizer", tokenizer / "tokenizer", "--out", data]
     code, out, err = uni_x(*encode)
     assert code == 0, err
+    code, again, _ = uni_x(*encode)
+    assert "finished already" in again
     assert "26 read = 24 written + 2 rejected" in out
     reasons = (data / "rejects.jsonl").read_text()
     assert "broken.jpg" in reasons
@@ -96,6 +100,10 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     train = ["train", recipes / "pictures.yaml", f"run={run}", f"image_tokenizer={tokenizer / 'tokenizer'}"]
     train += [f"data.sources=[{{path: {data}}}]", "data.max_length=256", "data.rows_per_epoch=4", "trainer.max_steps=6"]
     train += ["trainer.logging_steps=2", "trainer.save_steps=3", "model.hidden_size=32", "device=cpu"]
+    wrong = [words if not words.startswith("image_tokenizer=") else "image_tokenizer=scenes" for words in train[2:]]
+    code, _, err = uni_x(*train[:2], *wrong)
+    assert code == 1
+    assert "was encoded with another image tokenizer" in err
     code, out, err = uni_x(*train)
     assert code == 0, err
     assert isinstance(AutoModelForCausalLM.from_pretrained(run / "model").config.plan, list)
@@ -113,6 +121,8 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     uni_x("generate", run / "model", "a red disc", "--out", drawing, "--device", "cpu")
     assert drawing.read_bytes() == first
     code, out, err = uni_x("generate", run / "model", "what is it?", "--image", pictures / "00.png", "--device", "cpu")
+    assert code == 0, err
+    code, out, err = uni_x("generate", run / "model", "--image", pictures / "00.png", "--device", "cpu")
     assert code == 0, err
     code, out, err = uni_x("generate", run / "model", "a red", "--text", "--max-new-tokens", "3", "--device", "cpu")
     assert code == 0, err
@@ -202,7 +212,10 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
     odd = weights.pop("model.layers.1.image.mlp.up_proj.weight")
     for content, message in (
         (weights, "the checkpoint lacks model.layers.1.image.mlp.up_proj.weight (1 in all)"),
-        ({**weights, "model.layers.1.image.mlp.up_proj.weight": odd, "model.odd": odd}, "has the unknown model.odd"),
+        (
+            {**weights, "model.layers.1.image.mlp.up_proj.weight": odd, "model.odd": odd.clone()},
+            "has the unknown model.odd",
+        ),
     ):
         save_file(content, made / "model.safetensors", metadata={"format": "pt"})
         code, _, err = uni_x("generate", made, "a red disc", "--out", tmp_path / "drawing.png", "--device", "cpu")
@@ -245,7 +258,7 @@ RECIPE = "data: {sources: [{path: absent}]}\n"
         (RECIPE, ["model.preset=uni-x", "model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),
         (RECIPE, ["model.hidden_size=36"], "gives a head_dim of 9, which must be even"),
         (RECIPE, ["trainer.max_stepz=8"], "TrainingArguments; the nearest one is 'max_steps'"),
-        (RECIPE, ["trainer.max_steps=abc"], "trainer: "),
+        (RECIPE, ["trainer.max_steps=abc"], "trainer.max_steps: Input should be a valid integer"),
         (RECIPE, ["trainer.eval_strategy=steps"], "trainer"),
         (RECIPE, ["trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={num_cycle: 1}"], "num_cycle"),
         (RECIPE, ["seed=5000000000"], "seed: Input should be less than 4294967296"),
@@ -292,7 +305,14 @@ def test_wrong_usage_exits_with_2(
     [
         (["generate", "absent", "a heart"], "absent: not a model folder"),
         (["info", "absent"], "absent: neither a model folder nor a recipe"),
-        (["encode", "absent", "--out", "data"], "absent: no such folder"),
+        (["encode", "absent", "--out", "data", "--image-tokenizer", "scenes"], "absent: no such folder"),
+        (["quickstart", "train.seed=3", "--out", "run"], "train.seed follows from the quickstart's own; say seed=N"),
+        (["quickstart", "train.image_tokenizer=absent", "--out", "run"], "absent: no such folder"),
+        (["quickstart", "train.text_tokenizer.vocab_size=9", "--out", "run"], "vocab_size: 9 is too small"),
+        (["quickstart", "train.optimizer.betas=[1.5, 0.9]", "--out", "run"], "train.optimizer.betas.0"),
+        (["quickstart", "train.trainer.gradient_accumulation_steps=0", "--out", "run"], "is 1 or more, not 0"),
+        (["quickstart", "train.trainer.max_grad_norm=abc", "--out", "run"], "trainer.max_grad_norm: Input should be"),
+        (["quickstart", "train.trainer.logging_steps=abc", "--out", "run"], "trainer.logging_steps: "),
         (["encode", "absent", "--out", "data", "--image-tokenizer", "none"], "none"),
         (["quickstart", "--out", "file"], "file: cannot be used as a run folder"),
         (["quickstart", "train.model.preset=uni-y", "--out", "run"], "unknown plan 'uni-y'"),
@@ -307,6 +327,41 @@ def test_what_is_missing_is_one_clear_line(
     code, _, err = uni_x(*words)
     assert (code, err.count("\n")) == (1, 1), err
     assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["encode", "pictures", "--out", "data"], "--image-tokenizer is missing: which one encodes pictures?"),
+        (["generate", "model"], "Give a prompt, or a picture to describe"),
+        (["generate", "model", "a heart", "--seed", "99999999999999999999"], "--seed"),
+    ],
+)
+def test_wrong_usage_has_exit_code_2(uni_x: RunCommand, words: list[str], message: str) -> None:
+    code, _, err = uni_x(*words)
+    assert code == 2
+    assert message in err
+
+
+def test_a_folder_that_only_holds_a_recipe_is_free(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 7")
+    RunFolder(tmp_path, {"seed": 8}).begin()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(RunError, match=r"was made by another recipe \(seed differ\)"):
+        RunFolder(tmp_path, {"seed": 9})
+    (tmp_path / "recipe.yaml").write_text("{")
+    with pytest.raises(RunError, match="not valid YAML"):
+        RunFolder(tmp_path, {"seed": 8})
+    (tmp_path / "results.json").write_text("{")
+    (tmp_path / "recipe.yaml").write_text("seed: 8")
+    with pytest.raises(RunError, match="not valid JSON"):
+        RunFolder(tmp_path, {"seed": 8}).read_results()
+
+
+def test_a_full_disk_is_named_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the disk is full"), writing_into(tmp_path):
+        torch.save({"weight": torch.zeros(2**20)}, "/dev/full")
 
 
 def test_a_missing_extra_says_which_to_install(

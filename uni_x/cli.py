@@ -2,6 +2,8 @@
 
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -29,6 +31,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the reci
 Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
 
 PLAIN_LINE_SECONDS = 30
+_goes_on = False  # whether the verb carries on where it stopped, when it is run again
 STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 
 
@@ -52,7 +55,8 @@ def quickstart(
         f"multiple choice {scores['multiple_choice']:.2f}"
     )
     typer.echo(f"Report: {run.report_file}")
-    typer.echo(f'Draw:   uni-x generate {run.path / "model"} "a red heart left of a car"')
+    command = sys.argv[0] if shutil.which("uni-x") is None else "uni-x"
+    typer.echo(f"Draw:   {shlex.join([command, 'generate', str(run.path / 'model'), 'a red heart left of a car'])}")
 
 
 @app.command()
@@ -61,7 +65,10 @@ def encode(
         str, typer.Argument(help="A folder of pictures with captions in .txt files, scenes or openmoji.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
-    image_tokenizer: Annotated[str, typer.Option(help="Folder of an image tokenizer, or scenes.")] = "scenes",
+    image_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder of an image tokenizer, or scenes. [default: scenes, for the scenes alone]"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -71,7 +78,11 @@ def encode(
     from uni_x.workflows.quickstart import load_quickstart_recipe
     from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
 
-    tokenizer = load_image_tokenizer(image_tokenizer).to(choose_device(device))
+    if image_tokenizer is None and source != SCENES:
+        raise UsageError(
+            f"--image-tokenizer is missing: which one encodes {source}? `uni-x tokenizer train` makes one from pictures"
+        )
+    tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_device(device))
     with _progress() as progress:
         report = partial(progress, "encode")
         if source == SCENES:
@@ -79,6 +90,8 @@ def encode(
             summary = encode_scenes(recipe.scenes.at_most(limit), recipe.seed, out, tokenizer, report)
         else:
             summary = encode_source(source, tokenizer, out, limit, report)
+    if summary.already_done:
+        typer.echo(f"This folder is finished already. Delete {out} to encode again.")
     typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
     if summary.rejected:
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
@@ -179,12 +192,14 @@ def convert(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
-    prompt: Annotated[str, typer.Argument(help="What to draw; a question or text with --image or --text.")],
-    image: Annotated[Path | None, typer.Option(help="A picture to ask about.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw; a question or text with --image or --text.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to ask about, or to describe without a prompt.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Go on with the prompt as text.")] = False,
     out: Annotated[Path, typer.Option(help="File for the drawing; number n gets -n.")] = Path("drawing.png"),
     number: Annotated[int, typer.Option(min=1, max=64, help="How many drawings.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 65, help="Of the first drawing.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="[default: the model's for pictures, 0 for text]")
     ] = None,
@@ -192,10 +207,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For text.")] = 64,
     device: Device = "auto",
 ) -> None:
-    """Draws a prompt, answers a question about a picture, or goes on with a text."""
-    from uni_x.workflows.generate import answer, continue_text, draw
+    """Draws a prompt, answers a question about a picture, describes it, or goes on with a text."""
+    from uni_x.workflows.generate import answer, continue_text, describe, draw
 
-    if image is not None:
+    if image is not None and prompt is None:
+        typer.echo(describe(model, image, max_new_tokens, device))
+    elif prompt is None:
+        raise UsageError("what shall be drawn? Give a prompt, or a picture to describe (--image)")
+    elif image is not None:
         typer.echo(answer(model, prompt, image, max_new_tokens, temperature, seed, device))
     elif text:
         typer.echo(continue_text(model, prompt, max_new_tokens, temperature, seed, device))
@@ -241,7 +260,8 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except SystemExit as exit_:
         if exit_.code == STOPPED:
-            typer.echo("Stopped. Run the same command again to go on.", err=True)
+            again = " Run the same command again to go on." if _goes_on else ""
+            typer.echo(f"Stopped.{again}", err=True)
         raise
 
 
@@ -270,6 +290,8 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         TimeRemainingColumn,
     )
 
+    global _goes_on
+    _goes_on = True
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description:>10}"),

@@ -4,12 +4,14 @@ Everything that writes one (training, conversion) and everything that reads one 
 goes through here.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +23,6 @@ from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.runs import writing_into
 
 IMAGE_TOKENIZER = "image_tokenizer"
-MODEL_TYPE = f'"model_type": "{UniXConfig.model_type}"'
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,17 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCau
     config_file = path / "config.json"
     if not config_file.is_file():
         raise DataError(f"{path}: not a model folder (it has no config.json); train one with `uni-x train`")
-    if MODEL_TYPE not in config_file.read_text(encoding="utf-8", errors="replace"):
+    try:
+        tree = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{config_file}: not valid JSON") from None
+    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
         raise DataError(f"{config_file}: not a Uni-X model")
     with _loading(path):
-        model, report = UniXForCausalLM.from_pretrained(
+        loaded: Any = UniXForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
+    model, report = loaded
     for problem, names in (("lacks", report["missing_keys"]), ("has the unknown", report["unexpected_keys"])):
         if names:
             raise DataError(f"{path}: the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")

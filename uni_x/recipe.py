@@ -37,6 +37,7 @@ DESCRIBE_INSTRUCTIONS = (
 )
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -101,7 +102,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
+    # pydantic names the chosen kind of a network as if it were a key
+    kinds = ("vqgan", "patch")
+    parts = problem["loc"]
+    location = [str(p) for place, p in enumerate(parts) if not (place and parts[place - 1] == "network" and p in kinds)]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _keys_beside(schema, problem["loc"])
@@ -307,7 +311,7 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 3e-4
     muon_learning_rate: PositiveFloat = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
 
 
@@ -372,3 +376,10 @@ class QuickstartRecipe(Section):
     scenes: ScenesSection
     train: TrainRecipe
     evaluation: ScenesEvaluationSection = ScenesEvaluationSection()
+
+    @model_validator(mode="after")
+    def _has_one_seed_and_one_folder(self) -> "QuickstartRecipe":
+        for key, instead in (("seed", "seed=N"), ("run", "--out DIR")):
+            if key in self.train.model_fields_set:
+                raise ValueError(f"train.{key} follows from the quickstart's own; say {instead} instead")
+        return self

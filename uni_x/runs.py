@@ -22,6 +22,8 @@ from uni_x.errors import RunError
 
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
+START_FILES = {"recipe.yaml", "log.txt", "stages.json"}  # what a run leaves before it has done anything
+
 
 class RunFolder:
     """A folder that holds one run of one recipe; `begin` makes it one.
@@ -55,7 +57,7 @@ class RunFolder:
                 f"{self.path}: the disk has {free / 2**20:.0f} MB free, this run needs {needs_bytes / 2**20:.0f} MB; "
                 "make room, or choose a folder on another disk"
             )
-        if not self.recipe_file.exists():
+        if not self.recipe_file.exists() or self._nothing_done():
             write_atomically(self.recipe_file, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
         self._log_to_file()
 
@@ -76,7 +78,12 @@ class RunFolder:
 
     def read_results(self) -> dict[str, Any]:
         """What `write_results` left; empty where nothing is there yet."""
-        return json.loads(self.results_file.read_text(encoding="utf-8")) if self.results_file.exists() else {}
+        if not self.results_file.exists():
+            return {}
+        try:
+            return json.loads(self.results_file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise RunError(f"{self.results_file}: not valid JSON; delete it, and run again") from None
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes the figures together with where they come from."""
@@ -92,10 +99,17 @@ class RunFolder:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
+    def _nothing_done(self) -> bool:
+        """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
+        return {entry.name for entry in self.path.iterdir()} <= START_FILES
+
     def _refuse_another_recipe(self) -> None:
-        if not self.recipe_file.is_file():
+        if not self.recipe_file.is_file() or self._nothing_done():
             return
-        earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
+        try:
+            earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
+        except (ValueError, yaml.YAMLError):
+            raise RunError(f"{self.recipe_file}: not valid YAML; choose another folder, or delete this one") from None
         if changed := _differences(earlier, self._recipe):
             raise RunError(
                 f"{self.path}: was made by another recipe ({', '.join(changed[:3])} differ); "
@@ -111,9 +125,13 @@ def writing_into(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"{folder}: the disk is full; free some space and run again, it will carry on") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
         raise
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise RunError(f"{folder}: a checkpoint cannot be written, most likely because the disk is full") from None
     except SafetensorError as error:
         raise RunError(f"{folder}: weights cannot be written ({error}); free some space and run again") from None
 

@@ -18,8 +18,8 @@ from uni_x.scenes import TASKS
 DEADLINE = 240  # seconds for one process
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "uni_x", "quickstart", "--smoke", "--out", str(out)]
+def start(out: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "uni_x", "quickstart", "--smoke", "--out", str(out), *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
 
 
@@ -54,11 +54,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     for scores in (results["scores"], results["scores"]["untrained"], results["scores"]["chance"]):
+        assert set(scores) >= set(results["scores"]["untrained"])
         assert set(scores["drawing_by_task"]) == set(TASKS)
         for name in ("drawing", "drawing_held_out", "yes_no", "multiple_choice"):
             assert 0 <= scores[name] <= 1
     assert results["seconds"]["total"] == pytest.approx(sum(results["seconds"]["by_stage"].values()))
-    assert set(results["seconds"]["by_stage"]) == {"scenes", "train", "draw", "answer"}
+    assert set(results["seconds"]["by_stage"]) == {"start-up", "scenes", "train", "draw", "answer"}
     assert results["tokens_per_second"] > 0
     assert results["provenance"]["versions"]["torch"]
     assert results["seeds"] == {"training": 0, "evaluation": 2026}
@@ -83,6 +84,13 @@ def test_a_finished_run_says_so(finished: Path) -> None:
     before = (finished / "results.json").read_bytes()
     assert "finished already" in finish(finished)
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_another_recipe_is_refused(finished: Path) -> None:
+    process = start(finished, "seed=1")
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert "was made by another recipe (seed differ)" in errors
 
 
 def test_a_run_killed_and_stopped_ends_with_the_same_model(finished: Path, tmp_path: Path) -> None:

@@ -37,11 +37,15 @@ _RECORD_KEY = b"uni_x.shard"
 
 @dataclass(frozen=True)
 class EncodeSummary:
-    """How many source rows were read, written and rejected; `read == written + rejected`."""
+    """How many source rows were read, written and rejected; `read == written + rejected`.
+
+    `already_done` says that an earlier run had finished the folder.
+    """
 
     read: int = 0
     written: int = 0
     rejected: int = 0
+    already_done: bool = False
 
     def __add__(self, other: EncodeSummary) -> EncodeSummary:
         return EncodeSummary(self.read + other.read, self.written + other.written, self.rejected + other.rejected)
@@ -92,6 +96,18 @@ def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
     return digest.hexdigest()
 
 
+def read_fingerprint(folder: str | Path) -> str | None:
+    """The digest of the image tokenizer that a folder was encoded with; None where it does not say."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        digest = json.loads(path.read_bytes())["tokenizer"]
+    except (ValueError, KeyError, TypeError):
+        return None  # reading the samples says what is wrong
+    return digest if isinstance(digest, str) else None
+
+
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
@@ -111,7 +127,7 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     try:
         found = json.loads(path.read_bytes())
         finished = bool(found["finished"])
-        summary = EncodeSummary(**found["counts"]) if finished else None
+        summary = EncodeSummary(**found["counts"], already_done=True) if finished else None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another") from None
     for key, value in manifest.items():
@@ -155,8 +171,12 @@ def _encode_shards(
     lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
     # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
     write_atomically(out_dir / REJECTS, lines.encode("utf-8", "backslashreplace"))
-    _write_json(out_dir / MANIFEST, {**manifest, "finished": True, "counts": asdict(total)})
+    _write_json(out_dir / MANIFEST, {**manifest, "finished": True, "counts": _counts(total)})
     return total
+
+
+def _counts(summary: EncodeSummary) -> dict[str, int]:
+    return {"read": summary.read, "written": summary.written, "rejected": summary.rejected}
 
 
 def _cut(rows: Iterable[SourceRow | Rejection], size: int) -> Iterator[Iterator[SourceRow | Rejection]]:

@@ -19,6 +19,13 @@ SPECIAL_TOKENS = (END_OF_TEXT, VISION_START, VISION_END)
 _BYTES = 256
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `ConfigError` for a vocabulary that cannot hold the bytes and the special tokens."""
+    smallest = _BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size: {vocab_size} is too small, bytes and special tokens alone are {smallest}")
+
+
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of at most `vocab_size` tokens; a small corpus may need fewer.
 
@@ -30,9 +37,7 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     """
     from transformers import PreTrainedTokenizerFast
 
-    smallest = _BYTES + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ConfigError(f"vocab_size: {vocab_size} is too small, bytes and special tokens alone are {smallest}")
+    check_vocab_size(vocab_size)
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A \n"), "\n")])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

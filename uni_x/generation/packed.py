@@ -74,11 +74,10 @@ class PackedWeights:
         self,
         module: LanguageModelHead,
         hidden: torch.Tensor,
-        *arguments: Any,
         vocabulary_range: tuple[int, int] | None = None,
     ) -> Any:
-        if arguments or vocabulary_range is None or hidden.numel() > MAX_ROWS * hidden.shape[-1]:
-            return apply_head(hidden, module.weight, *arguments, vocabulary_range=vocabulary_range)
+        if vocabulary_range is None or hidden.numel() > MAX_ROWS * hidden.shape[-1]:
+            return apply_head(hidden, module.weight, vocabulary_range=vocabulary_range)
         return _product(hidden, self._pack(module.weight, vocabulary_range), None)
 
     def _pack(self, weight: torch.Tensor, rows: tuple[int, int] | None = None) -> torch.Tensor:

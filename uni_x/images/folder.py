@@ -30,7 +30,7 @@ class PictureFolder(Sequence[Image.Image]):
             raise DataError(f"{folder}: no such folder of pictures")
         self.paths: list[Path] = []
         self.unreadable: list[tuple[Path, str]] = []
-        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES):
+        for path in sorted(path for path in folder.rglob("*") if _is_picture(path)):
             if limit is not None and len(self.paths) >= limit:
                 break
             try:
@@ -54,6 +54,10 @@ class PictureFolder(Sequence[Image.Image]):
         if isinstance(index, slice):
             return [_open(path) for path in self.paths[index]]
         return _open(self.paths[index])
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
 
 
 def _open(path: Path) -> Image.Image:

@@ -31,6 +31,7 @@ FIRST_CODEBOOK_BATCHES = 8
 WARM_UP_STEPS = 20
 RESTARTS_END = 0.8  # share of the steps after which no code moves any more
 SHOWN = 16
+LOGS_BYTES = 2**20
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and figures: `loss`, and `codes` used in the batch."""
@@ -69,9 +70,10 @@ def train_tokenizer(
 
     samples: Sequence[Picture] = pictures if isinstance(pictures, Sequence) else list(pictures)
     indices, held_out = _hold_out(recipe, samples, held_out)
-    folder.begin()
     with torch.random.fork_rng():
         run = TrainingRun(recipe, device)
+        # weights and two moments, twice while a checkpoint replaces another
+        folder.begin(needs_bytes=6 * sum(weight.nbytes for weight in run.network.parameters()) + LOGS_BYTES)
         run.resume(checkpoint)
         _train(run, samples, indices, checkpoint, progress)
     with writing_into(folder.path):
@@ -169,11 +171,9 @@ class TrainingRun:
             "seconds": self.seconds,
         }
         partial = path.with_name(f"{path.name}.partial")
-        try:
+        with writing_into(path.parent):
             torch.save(state, partial)
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            raise RunError(f"{path}: cannot be written ({error})") from None
 
     def resume(self, path: Path) -> None:
         """Takes up what `save` wrote, where there is something."""

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -21,9 +22,16 @@ from transformers import (
 
 from uni_x.data.collate import Collator
 from uni_x.data.dataset import TrainingData
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
 from uni_x.data.shards import EncodedSamples
-from uni_x.data.text_tokenizer import VISION_END, VISION_START, settle_special_tokens, train_text_tokenizer
+from uni_x.data.text_tokenizer import (
+    VISION_END,
+    VISION_START,
+    check_vocab_size,
+    settle_special_tokens,
+    train_text_tokenizer,
+)
 from uni_x.devices import choose_device, keep_freed_memory
 from uni_x.errors import ConfigError, DataError, RecipeError, RunError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
@@ -62,6 +70,8 @@ def check_before(recipe: TrainRecipe) -> TrainingArguments:
     arguments = _training_arguments(recipe)
     section = recipe.model
     if section.base is None:
+        if recipe.text_tokenizer.path is None:
+            check_vocab_size(recipe.text_tokenizer.vocab_size)
         if section.plan is None:
             build_plan(section.preset, section.num_hidden_layers, section.preset_arguments)
         else:
@@ -87,6 +97,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     set_seed(recipe.seed)
     start = make_start(recipe)
     renderer = Renderer(start.text_tokenizer, Vocabulary.from_config(start.model.config), recipe.data.render)
+    _check_codes_are_of(start.image_tokenizer, recipe)
     rows = TrainingData(
         [(source.path, source.weight) for source in recipe.data.sources],
         renderer,
@@ -138,6 +149,19 @@ def _run_trainer(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
     if stop.stopped:
         raise KeyboardInterrupt
+
+
+def _check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
+    """Codes of another image tokenizer look like any others, and would be learned without an error."""
+    ours = tokenizer_fingerprint(tokenizer)
+    for source in recipe.data.sources:
+        theirs = read_fingerprint(source.path)
+        if theirs is not None and theirs != ours:
+            raise DataError(
+                f"{source.path}: was encoded with another image tokenizer than that of "
+                f"{recipe.model.base or recipe.image_tokenizer}; encode it with this one (uni-x encode "
+                "--image-tokenizer), or name that one in the recipe"
+            )
 
 
 def make_start(recipe: TrainRecipe) -> ModelFolder:
@@ -211,6 +235,7 @@ def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
     }
+    _check_types(recipe.trainer)
     try:
         arguments = TrainingArguments(**settings)
         _try_schedule(arguments)
@@ -220,6 +245,20 @@ def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise RecipeError("trainer.eval_strategy: there is no held-out data to evaluate on; take the key out")
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
     return arguments
+
+
+def _check_types(trainer: dict[str, Any]) -> None:
+    """Holds each argument against the type that transformers declares; counts are 1 or more."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in trainer.items():
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r})") from None
+        except PydanticUserError:
+            continue
+        if name in ("gradient_accumulation_steps", "per_device_train_batch_size") and value < 1:
+            raise RecipeError(f"trainer.{name}: is 1 or more, not {value!r}")
 
 
 def _try_schedule(arguments: TrainingArguments) -> None:
@@ -274,7 +313,10 @@ def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokeni
         return train_text_tokenizer(_texts(recipe, codebook_size), section.vocab_size)
     if not Path(section.path).is_dir():
         raise DataError(f"text_tokenizer.path: {section.path} is not a folder")
-    tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"text_tokenizer.path: {section.path}: {' '.join(str(error).split())[:200]}") from None
     try:
         added = settle_special_tokens(tokenizer)
     except ConfigError as error:

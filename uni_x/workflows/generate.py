@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from PIL import Image
+
 from uni_x.devices import choose_device
 from uni_x.errors import DataError
 from uni_x.generation.pipeline import UniXPipeline
@@ -49,15 +51,17 @@ def answer(
     device: str = "auto",
 ) -> str:
     """Answers a question about a picture."""
-    if not image.is_file():
-        raise DataError(f"{image}: no such picture")
-    try:
-        picture = open_picture(image)
-    except DataError as error:
-        raise DataError(f"{image}: {error}") from None
+    picture = _open(image)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     grids = [tuple(pipeline.encode([picture]))]
     return pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0]
+
+
+def describe(model: Path, image: Path, max_new_tokens: int = 64, device: str = "auto") -> str:
+    """A caption for a picture."""
+    picture = _open(image)
+    pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
+    return pipeline.describe(pipeline.encode([picture]), max_new_tokens)[0]
 
 
 def continue_text(
@@ -71,6 +75,15 @@ def continue_text(
     """Goes on with a text."""
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     return pipeline.continue_text([text], max_new_tokens, _text_sampling(temperature, seed))[0]
+
+
+def _open(image: Path) -> Image.Image:
+    if not image.is_file():
+        raise DataError(f"{image}: no such picture")
+    try:
+        return open_picture(image)
+    except DataError as error:
+        raise DataError(f"{image}: {error}") from None
 
 
 def _text_sampling(temperature: float | None, seed: int) -> Sampling:

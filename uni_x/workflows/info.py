@@ -127,8 +127,8 @@ def _config_of_folder(folder: Path) -> UniXConfig:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise DataError(f"{file}: not valid JSON") from None
-    if tree.get("model_type") != UniXConfig.model_type:
-        raise DataError(f"{file}: not a Uni-X model (its model_type is {tree.get('model_type')!r})")
+    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
+        raise DataError(f"{file}: not a Uni-X model")
     return UniXConfig(**tree)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from PIL import Image
 
@@ -43,6 +44,8 @@ from uni_x.train.callbacks import read_metrics
 from uni_x.train.run import check_before, make_start, train
 from uni_x.workflows.report import write_report
 from uni_x.workflows.sources import encode_scenes
+
+START_UP = "start-up"
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +78,14 @@ def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | N
         UniXError: a folder of another recipe, too small a disk, a missing extra.
         KeyboardInterrupt: after Ctrl-C, with everything in place to go on.
     """
-    run = RunFolder(out, recipe.model_dump(mode="json"))
+    own = {"train": {"seed", "run"}}  # which follow from the quickstart's
+    run = RunFolder(out, recipe.model_dump(mode="json", exclude=own))
     if run.results_file.exists() and run.report_file.exists():
         return run, True
     training = _training(recipe, run.path)
     scenes.require_packages()
     check_before(training)
+    load_image_tokenizer(training.image_tokenizer)
     run.begin(NEEDS_BYTES)
     stages = Stages(run.path / "stages.json", progress)
     stages.run("scenes", partial(_encode, recipe, run.path))
@@ -97,12 +102,16 @@ def collect_results(out: Path, seconds: dict[str, float], recipe: QuickstartReci
     drawing, answering = _read(out / "scores-draw.json"), _read(out / "scores-answer.json")
     metrics = read_metrics(out / "train" / "metrics.jsonl")
     training_seconds = sum(entry["seconds"] for entry in metrics) or 1.0
+    chance = drawing["chance"]
+    for kind in ("yes_no", "multiple_choice"):
+        topics = answering["trained"].get(f"{kind}_by_topic", {})
+        chance[f"{kind}_by_topic"] = dict.fromkeys(topics, chance[kind])
     return {
         "scores": {
             **drawing["trained"],
             **answering["trained"],
             "untrained": {**drawing["untrained"], **answering["untrained"]},
-            "chance": drawing["chance"],
+            "chance": chance,
         },
         "seconds": {"total": sum(seconds.values()), "by_stage": seconds},
         "tokens_per_second": sum(entry["tokens"] for entry in metrics) / training_seconds,
@@ -116,12 +125,16 @@ def collect_results(out: Path, seconds: dict[str, float], recipe: QuickstartReci
 
 
 class Stages:
-    """Which stages are done, and the seconds that each took, over all the calls that it needed."""
+    """Which stages are done, and the seconds that each took, over all the calls that it needed.
+
+    What comes before the first stage of a call, the loading of libraries above all, counts as `start-up`.
+    """
 
     def __init__(self, file: Path, progress: Progress | None):
         self.file = file
         self.progress = progress
         self.entries: dict[str, dict[str, Any]] = _read(file)
+        self.started = False
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -130,6 +143,10 @@ class Stages:
 
     def run(self, name: str, work: Callable[[Report], None]) -> None:
         """Does the work of a stage, unless it is done already."""
+        if not self.started:
+            self.started = True
+            start_up = self.entries.setdefault(START_UP, {"seconds": 0.0, "done": True})
+            start_up["seconds"] += time.time() - psutil.Process().create_time()
         entry = self.entries.setdefault(name, {"seconds": 0.0, "done": False})
         if entry["done"]:
             return

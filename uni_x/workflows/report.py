@@ -227,7 +227,7 @@ def _figures(
     if "total" in seconds:
         training = seconds.get("by_stage", {}).get("train")
         note = "" if training is None else f"{duration(training)} of it training"
-        figures.append({"name": "Time from start to report", "value": duration(seconds["total"]), "note": note})
+        figures.append({"name": "Time from start to scores", "value": duration(seconds["total"]), "note": note})
     if "tokens_per_second" in results:
         speed = f"{results['tokens_per_second']:,.0f}"
         figures.append({"name": "Tokens a second in training", "value": speed, "note": ""})
