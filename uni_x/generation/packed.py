@@ -2,10 +2,11 @@
 
 A step of decoding reads every weight once for a handful of rows. torch's float32 product reads them at a third of the
 memory's speed; oneDNN's, on weights that were brought into its own order beforehand, comes near it (the same operators
-that torch.compile uses on CPUs). It costs the memory of the weights a second time.
+that torch.compile uses on CPUs). Projections of the same input are packed together, since a small product costs as much
+as a larger one. It takes the memory of the weights a second time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,21 +16,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from uni_x.model.causal_lm import UniXForCausalLM
+from uni_x.model.layers import FeedForward, Projected, Rotary, SelfAttention
 from uni_x.model.loss import LanguageModelHead, apply_head
 
 MAX_ROWS = 64  # above, the plain product is as fast or faster
 
 
 class PackedWeights:
-    """Packed copies of the weights of a model's linear layers.
+    """Packed copies of the weights of a model's layers and head.
 
     Args:
-        model: as the engine uses it; weights that have changed are packed anew at the next use.
+        model: as the engine uses it. Weights that an optimizer, `load_state_dict` or a move has changed are packed anew
+            at the next use; what writes into `weight.data` by hand goes unseen, and wants a new engine.
     """
 
     def __init__(self, model: UniXForCausalLM):
         self.model = model
-        self._packed: dict[tuple[int, tuple[int, int] | None], tuple[tuple[int, int], torch.Tensor]] = {}
+        self._packed: dict[Any, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
 
     @property
     def is_possible(self) -> bool:
@@ -44,51 +47,75 @@ class PackedWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Lets the linear layers and the head use packed weights; nothing changes where that is not possible."""
-        if not self.is_possible:
-            yield
-            return
-        replaced: list[nn.Module] = []
+        """Lets the layers and the head use packed weights; nothing changes where that is not possible."""
+        replaced: list[tuple[nn.Module, str]] = []
         try:
-            for module in self.model.modules():
-                forward: Callable[..., Any]
-                if type(module) is nn.Linear:
-                    forward = partial(self._linear, module)
-                elif type(module) is LanguageModelHead:
-                    forward = partial(self._head, module)
-                else:
-                    continue
-                module.forward = forward  # type: ignore[method-assign]
-                replaced.append(module)
+            for module in self.model.modules() if self.is_possible else ():
+                for kind, method, replacement in self._replacements():
+                    if type(module) is kind and all(type(part) is nn.Linear for part in _projections(module)):
+                        setattr(module, method, partial(replacement, module, getattr(module, method)))
+                        replaced.append((module, method))
             yield
         finally:
-            for module in replaced:
-                del module.forward
+            for module, method in replaced:
+                delattr(module, method)
 
-    def _linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        if not 0 < x.numel() <= MAX_ROWS * x.shape[-1]:
-            return F.linear(x, module.weight, module.bias)
-        return _product(x, self._pack(module.weight), module.bias)
+    def _replacements(self) -> Sequence[tuple[type[nn.Module], str, Callable[..., Any]]]:
+        """Kind of module, its method, and what takes the method's place, which gets the method itself too."""
+        return (
+            (nn.Linear, "forward", self._linear),
+            (LanguageModelHead, "forward", self._head),
+            (SelfAttention, "project", self._project),
+            (FeedForward, "forward", self._feed_forward),
+        )
+
+    def _linear(self, module: nn.Linear, plain: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        return self._product(x, module) if _few_rows(x) else plain(x)
 
     def _head(
         self,
         module: LanguageModelHead,
+        plain: Callable[..., Any],
         hidden: torch.Tensor,
         vocabulary_range: tuple[int, int] | None = None,
     ) -> Any:
-        if vocabulary_range is None or hidden.numel() > MAX_ROWS * hidden.shape[-1]:
+        if vocabulary_range is None or not _few_rows(hidden):
             return apply_head(hidden, module.weight, vocabulary_range=vocabulary_range)
-        return _product(hidden, self._pack(module.weight, vocabulary_range), None)
+        return self._product(hidden, module, rows=vocabulary_range)
 
-    def _pack(self, weight: torch.Tensor, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        state = (weight.data_ptr(), weight._version)
-        key = (id(weight), rows)
+    def _project(self, module: SelfAttention, plain: Callable[..., Any], x: torch.Tensor, rotary: Rotary) -> Projected:
+        if not _few_rows(x):
+            return plain(x, rotary)
+        parts = _projections(module)
+        joined = self._product(x, *parts).unflatten(-1, (-1, module.head_dim))
+        queries, keys, values = joined.split([part.out_features // module.head_dim for part in parts], dim=-2)
+        return module.rotated(queries, keys, values, rotary)
+
+    def _feed_forward(self, module: FeedForward, plain: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        if not _few_rows(x):
+            return plain(x)
+        gate, up = self._product(x, module.gate_proj, module.up_proj).chunk(2, dim=-1)
+        return module.down_proj(F.silu(gate) * up)
+
+    def _product(self, x: torch.Tensor, *modules: nn.Linear, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+        tensors = [tensor for tensor in weights + biases if tensor is not None]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        key = (id(modules[0]), rows)
         found = self._packed.get(key)
         if found is None or found[0] != state:
-            part = weight.detach() if rows is None else weight.detach()[slice(*rows)]
-            found = self._packed[key] = (state, torch.ops.mkldnn._reorder_linear_weight(part, MAX_ROWS // 8))
-        return found[1]
+            weight = torch.cat([weight.detach() for weight in weights])[slice(*rows) if rows else slice(None)]
+            bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MAX_ROWS // 8)
+            found = self._packed[key] = (state, packed, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, found[1], found[2], "none", [], "")
 
 
-def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _few_rows(x: torch.Tensor) -> bool:
+    return 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+
+
+def _projections(module: nn.Module) -> list[Any]:
+    """The linear layers that are packed together, where the module has some."""
+    names = {SelfAttention: ("q_proj", "k_proj", "v_proj"), FeedForward: ("gate_proj", "up_proj")}
+    return [getattr(module, name) for name in names.get(type(module), ()) if hasattr(module, name)]

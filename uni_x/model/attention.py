@@ -98,6 +98,11 @@ def _attend_store(queries: torch.Tensor, store: Store, step: CacheStep) -> torch
     grouped = queries.shape[1] != keys.shape[1]
     if step.query_gather is not None:
         queries = queries.index_select(0, step.query_gather)
+    if step.queries == 1:
+        # heads that share keys are as good as queries of one head, and need no copies of the keys
+        q = queries.unflatten(1, (keys.shape[1], -1))  # (n, kv_heads, heads / kv_heads, head_dim)
+        output = scaled_dot_product_attention(q, keys, values, attn_mask=step.mask).flatten(1)
+        return output if step.query_scatter is None else output.index_select(0, step.query_scatter)
     q = queries.unflatten(0, (-1, step.queries)).transpose(1, 2)  # (n, heads, queries, head_dim)
     output = scaled_dot_product_attention(q, keys, values, attn_mask=step.mask, enable_gqa=grouped)
     output = output.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -126,6 +126,10 @@ class SelfAttention(nn.Module):
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return self.rotated(queries, keys, values, rotary)
+
+    def rotated(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> Projected:
+        """Norms and rotates queries and keys, `(tokens, heads, head_dim)` each."""
         return rotate(self.q_norm(queries), rotary), rotate(self.k_norm(keys), rotary), values
 
     def forward(self, x: torch.Tensor, rotary: Rotary, stream: Stream, store: Store | None) -> torch.Tensor:
