@@ -40,6 +40,9 @@ class AttentionBlocks:
     scatter: torch.Tensor | None
 
 
+NO_BLOCKS = AttentionBlocks((), None, None)
+
+
 @dataclass(frozen=True)
 class Segments:
     """How one stream of tokens is cut for kernels that take segments of any length one after the other.
@@ -209,12 +212,13 @@ def build_layout(
     def stream(selected: np.ndarray | None, lengths: np.ndarray | None) -> Stream:
         within = segments if selected is None else segments[selected]
         tokens = place if selected is None else np.arange(selected.size)
-        blocks = _blocks(within, tokens, device)
+        step = None
+        if lengths is not None:
+            step = _cache_step(rows if selected is None else rows[selected], tokens, lengths, device)
+            if step is not None and not step.prefill:
+                return Stream(NO_BLOCKS, step)  # queries look into the cache alone
         cut = _cut(within, tokens, device) if device.type in SEGMENT_DEVICES else None
-        if cache_lengths is None or lengths is None:
-            return Stream(blocks, segments=cut)
-        step_rows = rows if selected is None else rows[selected]
-        return Stream(blocks, _cache_step(step_rows, tokens, lengths, device), cut)
+        return Stream(_blocks(within, tokens, device), step, cut)
 
     lengths = (cache_lengths.total, cache_lengths.text, cache_lengths.image) if cache_lengths else (None,) * 3
     return TokenLayout(
