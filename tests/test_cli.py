@@ -198,7 +198,7 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
         ([*init, "--plan", "unix(1, 1)", "--out", tmp_path / "new"], "the nearest known one is 'uni-x'"),
         ([*init, "--plan", "uni-x(2, 2)", "--out", tmp_path / "new"], "do not fit into 3"),
         ([*init, "--plan", "absent.yaml", "--out", tmp_path / "new"], "absent.yaml: cannot be read"),
-        (["init", tmp_path / "absent", *init[2:], "--out", tmp_path / "new"], "cannot be loaded"),
+        (["init", tmp_path / "absent", *init[2:], "--out", tmp_path / "new"], "no such folder"),
         (["convert", made, tmp_path / "new"], "say either --from reference or --to base"),
         (["convert", base, tmp_path / "new", "--to", "base"], "not a Uni-X model"),
     ):

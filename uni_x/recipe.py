@@ -65,6 +65,11 @@ def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str
         raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if tree is None:
         tree = {}
+    if isinstance(tree, dict) and ("tokenizer" in tree) != ("tokenizer" in schema.model_fields):
+        if "tokenizer" in tree and "data" in schema.model_fields:
+            raise RecipeError(f"{path}: this is a recipe for `uni-x tokenizer train`")
+        if "data" in tree and "training" in schema.model_fields:
+            raise RecipeError(f"{path}: this is a recipe for `uni-x train`")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds a {type(tree).__name__}")
     for override in overrides or []:
@@ -276,6 +281,15 @@ class ModelSection(Section):
     text_loss_weight: NonNegativeFloat = 1.0
     image_loss_weight: NonNegativeFloat = 1.0
     z_loss: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _a_base_brings_its_sizes(self) -> "ModelSection":
+        losses = {"base", "head", "text_loss_weight", "image_loss_weight", "z_loss"}
+        if self.base is not None and (others := sorted(self.model_fields_set - losses)):
+            raise ValueError(
+                f"base brings its own {', '.join(others)}; take {'it' if len(others) == 1 else 'them'} out"
+            )
+        return self
 
 
 class TextTokenizerSection(Section):

@@ -1,7 +1,8 @@
 """One of two processes that train a tiny model under an engine, and compare each loss with one process alone.
 
-Started by torchrun with the engine's name. Rank 0 has a picture in every step, rank 1 has text alone in the first
-step, nothing to learn in the second, and pictures alone in the third. Prints `ok` where all losses agree.
+Started by torchrun with the engine's name. Rank 0 mostly has a picture; rank 1 has text alone in the first step,
+nothing to learn in the second, and pictures alone in the third; four such steps are repeated. Prints `ok` where all
+losses agree.
 """
 
 import os
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from uni_x.model import UniXConfig, UniXForCausalLM
 
 TEXT, CODES, MARKER = 40, 24, 30
-LEARNING_RATE = 1e-3
+LEARNING_RATE, STEPS = 1e-4, 10
 TOLERANCE = 1e-5
 
 
@@ -45,12 +46,13 @@ def batches() -> list[list[dict[str, torch.Tensor]]]:
     nothing = torch.full_like(text, -100)
     half = image.clone()
     half[:, :9] = -100
-    return [
+    steps = [
         [{"input_ids": image, "labels": image}, {"input_ids": text, "labels": text}],
         [{"input_ids": image, "labels": half}, {"input_ids": text, "labels": nothing}],
         [{"input_ids": image, "labels": half}, {"input_ids": codes, "labels": codes}],
         [{"input_ids": text, "labels": text}, {"input_ids": codes, "labels": codes}],
     ]
+    return (steps * STEPS)[:STEPS]
 
 
 def targets(batch: dict[str, torch.Tensor]) -> int:

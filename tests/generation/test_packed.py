@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from tests.model.conftest import CODES, MARKER, TEXT
 from uni_x.generation.engine import Engine, Request
@@ -62,6 +63,25 @@ def test_weights_that_have_changed_are_packed_anew(model: UniXForCausalLM) -> No
     after = engine.generate([request])
     assert after != before
     assert after == Engine(model).generate([request])
+
+
+def test_weights_changed_behind_autograds_back_are_seen(model: UniXForCausalLM) -> None:
+    engine = Engine(model)
+    request = Request([3, 4, MARKER], 12, image=True, sampling=Sampling(temperature=0.0))
+    before = engine.generate([request])
+    projection = model.model.layers[0].image.self_attn.q_proj.weight
+    projection.data += torch.randn_like(projection)
+    model.lm_head.weight.data[TEXT : TEXT + CODES] = torch.randn(CODES, 32)
+    after = engine.generate([request])
+    assert after != before
+    assert after == Engine(model).generate([request])
+
+
+def test_hooks_of_other_libraries_are_left_alone(model: UniXForCausalLM) -> None:
+    add_hook_to_module(model.lm_head, ModelHook())
+    hooked = vars(model.lm_head)["forward"]
+    Engine(model).generate([Request([3, 4, MARKER], 2, image=True, sampling=Sampling(temperature=0.0))])
+    assert vars(model.lm_head)["forward"] is hooked
 
 
 def test_other_dtypes_are_left_alone(model: UniXForCausalLM) -> None:

@@ -20,11 +20,14 @@ GOLDEN = Path(os.environ.get("UNI_X_GOLDEN", Path(__file__).parents[1] / "fixtur
 
 
 def folders(part: str) -> list[Path]:
-    """Model folders below `reference` or `published`."""
-    return sorted(path.parent for path in (GOLDEN / part).glob("*/config.json") if path.parent.name != "vqgan")
+    """Model folders below `reference` or `published` that have golden data beside them."""
+    data = {"reference": "golden.safetensors", "published": "io.safetensors"}[part]
+    found = sorted(path.parent for path in (GOLDEN / part).glob("*/config.json") if path.parent.name != "vqgan")
+    return [folder for folder in found if (folder / data).is_file()]
 
 
-if not folders("reference") and not folders("published"):
+OTHER_PARTS = ("reference/vqgan", "published/filters.safetensors", "benchmarks/golden")
+if not (folders("reference") or folders("published") or any((GOLDEN / part).exists() for part in OTHER_PARTS)):
     raise FileNotFoundError(f"{GOLDEN}: no golden data in it")
 
 

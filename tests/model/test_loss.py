@@ -98,6 +98,16 @@ def test_no_target_at_all_is_a_loss_of_zero(make_model: MakeModel) -> None:
     assert all(not weight.grad.any() for weight in model.parameters())
 
 
+def test_no_gradient_is_worked_out_where_none_is_asked_for(
+    make_model: MakeModel, mixed: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model().train()
+    expected = model(*mixed, labels=mixed[0]).loss
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(*mixed, labels=mixed[0]).loss, expected.detach())
+
+
 def test_a_second_backward_is_refused_instead_of_wrong(make_model: MakeModel, mixed: Batch) -> None:
     total = make_model().train()(*mixed, labels=mixed[0]).loss
     total.backward(retain_graph=True)

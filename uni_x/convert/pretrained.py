@@ -6,6 +6,7 @@ the LLM did, to the last bit that a larger vocabulary leaves alone.
 
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,16 +83,25 @@ def load_base(source: str, dtype: torch.dtype | None = None) -> Base:
         dtype = dtype or torch.float32
     elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise DataError(f"{source}: not a model folder (it has no config.json)")
+    elif not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise DataError(f"{source}: no such folder, and not the id of a model on the hub (OWNER/NAME)")
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
         _refuse_unknown(source, AutoConfig.from_pretrained(path, **options))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise DataError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        nowhere = "" if Path(source).exists() else "no such folder, and as a model on the hub it "
+        raise DataError(f"{source}: {nowhere}cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+    model, report = loaded
+    for problem, names in (("lacks", report["missing_keys"]), ("has the unknown", report["unexpected_keys"])):
+        if names:
+            raise DataError(f"{source}: the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
     return Base(model.eval(), tokenizer)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from uni_x.errors import DataError
@@ -48,10 +49,18 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
     """
     folder = Path(folder)
     settings, weights = _read(folder)
-    offset = settings.get("real_text_vocab_size", image_token_offset)
-    config = _config(settings, weights, settings["vocab_size"] if offset is None else offset)
-    model = UniXForCausalLM(config).eval()
-    missing, unexpected = model.load_state_dict(_rename_all(weights, config), strict=False)
+    try:
+        _refuse_unbuilt(folder, settings)
+        offset = settings.get("real_text_vocab_size", image_token_offset)
+        config = _config(settings, weights, settings["vocab_size"] if offset is None else offset)
+        model = UniXForCausalLM(config).eval()
+        missing, unexpected = model.load_state_dict(_rename_all(weights, config), strict=False)
+    except KeyError as error:
+        raise DataError(f"{folder / 'config.json'}: the key {error} is missing") from None
+    except RuntimeError as error:
+        raise DataError(
+            f"{folder}: weights do not fit the configuration ({' '.join(str(error).split())[:300]})"
+        ) from None
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for problem, names in (("lacks", sorted(set(missing) - tied)), ("has the unknown", sorted(unexpected))):
         if names:
@@ -66,11 +75,32 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise DataError(f"{folder}: a checkpoint holds config.json and model.safetensors")
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        weights |= load_file(file)
-    return json.loads(config_file.read_text()), weights
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{file}: cannot be read ({error})") from None
+    try:
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{config_file}: not valid JSON") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{config_file}: holds no mapping")
+    return settings, weights
+
+
+def _refuse_unbuilt(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Options of the published code that change what it computes, and that are not built here."""
+    for name, off in {
+        "skip_connection_loc": (None, -1),
+        "all_modal_visible": (None, 0),
+        "add_sep_for_vis": (None, 0),
+    }.items():
+        if settings.get(name) not in off:
+            raise DataError(f"{folder / 'config.json'}: {name}: {settings[name]} is not something that is built here")
 
 
 def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], offset: int) -> UniXConfig:
+    kind = settings.get("model_type")
     first_layer = "model.layers.0.self_attn"
     marker = settings.get("vision_start_id")
     behind = settings["vocab_size"] - offset
@@ -80,9 +110,9 @@ def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], of
         **_plan(settings, " ".join(weights)),
         head_dim=settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
         rope_parameters=_rope(settings),
-        attention_bias=f"{first_layer}.q_proj.bias" in weights,
-        qk_norm=f"{first_layer}.q_norm.weight" in weights,
-        tie_word_embeddings="lm_head.weight" not in weights,
+        attention_bias=kind == "qwen2" or f"{first_layer}.q_proj.bias" in weights,
+        qk_norm=kind == "qwen3" or f"{first_layer}.q_norm.weight" in weights,
+        tie_word_embeddings=settings.get("tie_word_embeddings", "lm_head.weight" not in weights),
         image_token_offset=offset,
         image_codebook_size=codes,
         vision_start_token_id=marker if marker is not None and marker < offset else None,
@@ -96,10 +126,16 @@ def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(settings: Mapping[str, Any], names: str) -> dict[str, Any]:
-    """The preset or the plan that has the weights' names."""
-    if "vision_encode_layers" in names or "vision_decode_layers" in names:
+    """The preset or the plan that has the weights' names, or that the configuration promises."""
+    promised = settings.get("num_vision_encode_layers", 0) + settings.get("num_vision_decode_layers", 0) > 0
+    apart = ("mlp.vis_gate_proj", "self_attn.vis_q_proj")  # architectures that leave those numbers unused
+    if (
+        "vision_encode_layers" in names
+        or "vision_decode_layers" in names
+        or (promised and not any(name in names for name in apart))
+    ):
         ends = {"first": settings["num_vision_encode_layers"], "last": settings["num_vision_decode_layers"]}
-        if "mlp.share_gate_proj" not in names and "mlp.vision_gate_proj" not in names:
+        if not settings.get("add_share_ffn", "mlp.share_gate_proj" in names or "mlp.vision_gate_proj" in names):
             return {"preset": "uni-x", "preset_arguments": ends}
         sizes = {"image_ffn_size": settings["ffn_vision_size"], "shared_ffn_size": settings["ffn_share_size"]}
         return {"preset": "uni-share", "preset_arguments": ends | sizes}

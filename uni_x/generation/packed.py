@@ -26,20 +26,21 @@ class PackedWeights:
     """Packed copies of the weights of a model's layers and head.
 
     Args:
-        model: as the engine uses it. Weights that an optimizer, `load_state_dict` or a move has changed are packed anew
-            at the next use; what writes into `weight.data` by hand goes unseen, and wants a new engine.
+        model: as the engine uses it. Weights that have changed since are packed anew at the next use.
     """
 
     def __init__(self, model: UniXForCausalLM):
         self.model = model
-        self._packed: dict[Any, tuple[Any, torch.Tensor, torch.Tensor | None]] = {}
+        self._packed: dict[Any, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._checksum: list[tuple[int, int]] = []
 
     @property
     def is_possible(self) -> bool:
-        """Whether the model's device and dtype have these operators."""
+        """Whether the model's device and dtype have these operators, and no hook moves its weights about."""
         weight = self.model.get_input_embeddings().weight
         return (
-            weight.device.type == "cpu"
+            not any("forward" in vars(module) for module in self.model.modules())
+            and weight.device.type == "cpu"
             and weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -49,8 +50,11 @@ class PackedWeights:
     def in_use(self) -> Iterator[None]:
         """Lets the layers and the head use packed weights; nothing changes where that is not possible."""
         replaced: list[tuple[nn.Module, str]] = []
+        possible = self.is_possible
+        if possible:
+            self._forget_what_has_changed()
         try:
-            for module in self.model.modules() if self.is_possible else ():
+            for module in self.model.modules() if possible else ():
                 for kind, method, replacement in self._replacements():
                     if type(module) is kind and all(type(part) is nn.Linear for part in _projections(module)):
                         setattr(module, method, partial(replacement, module, getattr(module, method)))
@@ -98,17 +102,25 @@ class PackedWeights:
         return module.down_proj(F.silu(gate) * up)
 
     def _product(self, x: torch.Tensor, *modules: nn.Linear, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-        tensors = [tensor for tensor in weights + biases if tensor is not None]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         key = (id(modules[0]), rows)
-        found = self._packed.get(key)
-        if found is None or found[0] != state:
-            weight = torch.cat([weight.detach() for weight in weights])[slice(*rows) if rows else slice(None)]
-            bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MAX_ROWS // 8)
-            found = self._packed[key] = (state, packed, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, found[1], found[2], "none", [], "")
+        if key not in self._packed:
+            biases = [module.bias.detach() for module in modules if module.bias is not None]
+            weights = [module.weight.detach()[slice(*rows) if rows else slice(None)] for module in modules]
+            packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), MAX_ROWS // 8)
+            self._packed[key] = packed, torch.cat(biases) if biases else None
+        packed, bias = self._packed[key]
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    def _forget_what_has_changed(self) -> None:
+        """Compares a checksum of all weights; it costs about as much as one step of decoding."""
+        with torch.no_grad():
+            checksum = [
+                (weight.data_ptr(), int(weight.detach().view(torch.int32).sum(dtype=torch.int64)))
+                for weight in self.model.parameters()
+            ]
+        if checksum != self._checksum:
+            self._packed.clear()
+            self._checksum = checksum
 
 
 def _few_rows(x: torch.Tensor) -> bool:

@@ -84,6 +84,9 @@ class UniXConfig(PreTrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise ConfigError(f"rope_type {kind} changes with the length of a sequence, which is not built here")
         self._settle_plan()
         self._settle_vocabulary()
         super().__post_init__(**kwargs)
@@ -102,6 +105,9 @@ class UniXConfig(PreTrainedConfig):
     def _settle_vocabulary(self) -> None:
         if self.image_token_offset is None:
             self.image_token_offset = self.vocab_size
+        for name in ("image_token_offset", "image_codebook_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, which must be 0 or more")
         if self.image_token_offset + self.image_codebook_size > self.vocab_size:
             raise ConfigError(
                 f"image codes end at id {self.image_token_offset + self.image_codebook_size}, "

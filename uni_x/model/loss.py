@@ -82,6 +82,8 @@ def apply_head(
     """What `LanguageModelHead` computes, with a weight `(vocab_size, hidden_size)` from elsewhere."""
     if targets is not None and options is not None:
         chosen = hidden.index_select(0, targets.rows)
+        if not torch.is_grad_enabled():
+            chosen, weight = chosen.detach(), weight.detach()  # no gradient is worked out beside the loss
         kernel = liger_loss() if chosen.device.type in LIGER_DEVICES and chosen.shape[0] else None
         if kernel is not None:
             return _losses_by_liger(chosen, weight, targets, options, kernel)

@@ -180,8 +180,8 @@ def plan_from_dicts(entries: list[dict[str, Any]], num_hidden_layers: int) -> Pl
         raise ConfigError(f"the plan has {len(entries)} layers, num_hidden_layers is {num_hidden_layers}")
     known = {field.name for field in fields(LayerSpec)}
     for index, layer in enumerate(entries):
-        if unknown := sorted(set(layer) - known):
-            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        if unknown := sorted(set(layer) - known, key=str):
+            nearest = difflib.get_close_matches(str(unknown[0]), known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"plan, layer {index}: unknown key '{unknown[0]}'; the nearest known one is '{nearest}'")
     return tuple(LayerSpec(**layer) for layer in entries)
 

@@ -87,12 +87,12 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         UniXError: where recipe, data and model do not fit together, or the disk is full.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
+    arguments = check_before(recipe)
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"))
     metrics_file, model_dir = run.path / "metrics.jsonl", run.path / "model"
     if model_dir.exists():
         return _finish(run, recipe, read_metrics(metrics_file), already_done=True)
 
-    arguments = check_before(recipe)
     keep_freed_memory()
     set_seed(recipe.seed)
     start = make_start(recipe)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uni_x.convert.pretrained import NewRows, extend, load_base, to_base
 from uni_x.convert.reference import load_reference
-from uni_x.errors import DataError, RecipeError, UsageError
-from uni_x.images import load_image_tokenizer
+from uni_x.data.text_tokenizer import VISION_END, VISION_START, settle_special_tokens
+from uni_x.errors import ConfigError, DataError, RecipeError, UsageError
+from uni_x.images import ImageTokenizer, load_image_tokenizer
+from uni_x.model import UniXConfig
 from uni_x.model.plan import read_preset
 from uni_x.model_folder import (
     IMAGE_TOKENIZER,
@@ -93,23 +95,51 @@ def convert(
             if _has_text_tokenizer(source):
                 AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(partial)
         return
-    lacking = []
+    if text_tokenizer is not None and not _has_text_tokenizer(text_tokenizer):
+        raise DataError(f"{text_tokenizer}: no text tokenizer here")
     model = load_reference(source, image_token_offset)
-    tokenizer_folder = text_tokenizer or source
+    images = None if image_tokenizer is None else load_image_tokenizer(image_tokenizer)
+    words, lacking = None, []
+    if images is None:
+        lacking.append("an image tokenizer (--image-tokenizer)")
+    else:
+        _take_image_tokenizer(model.config, images)
+    if _has_text_tokenizer(text_tokenizer or source):
+        words = AutoTokenizer.from_pretrained(text_tokenizer or source, local_files_only=True)
+        _take_text_tokenizer(model.config, words)
+    else:
+        lacking.append("a text tokenizer (--text-tokenizer)")
     with saving_whole(destination) as partial:
-        if image_tokenizer is not None:
-            images = load_image_tokenizer(image_tokenizer)
-            model.config.image_grid = list(images.grid)
-            images.save_pretrained(partial / IMAGE_TOKENIZER)
-        else:
-            lacking.append("an image tokenizer (--image-tokenizer)")
         model.save_pretrained(partial)
-        if _has_text_tokenizer(tokenizer_folder):
-            AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True).save_pretrained(partial)
-        else:
-            lacking.append("a text tokenizer (--text-tokenizer)")
+        if images is not None:
+            images.save_pretrained(partial / IMAGE_TOKENIZER)
+        if words is not None:
+            words.save_pretrained(partial)
     if lacking:
         tell(f"warning: {destination} lacks {' and '.join(lacking)}; it loads as a model, but cannot draw or write")
+
+
+def _take_image_tokenizer(config: UniXConfig, tokenizer: ImageTokenizer) -> None:
+    if tokenizer.codebook_size != config.image_codebook_size:
+        raise ConfigError(
+            f"the image tokenizer has {tokenizer.codebook_size} codes, the checkpoint {config.image_codebook_size}"
+        )
+    config.image_grid = list(tokenizer.grid)
+
+
+def _take_text_tokenizer(config: UniXConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    settle_special_tokens(tokenizer)
+    if len(tokenizer) > config.image_token_offset:
+        raise ConfigError(
+            f"the text tokenizer has {len(tokenizer)} tokens, but image codes begin at {config.image_token_offset}"
+        )
+    markers: Any = tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
+    start = config.vision_start_token_id
+    if start is not None and start != markers[0]:
+        raise ConfigError(f"the text tokenizer's {VISION_START} is {markers[0]}, the checkpoint's {start}")
+    config.vision_start_token_id, config.vision_end_token_id = markers
+    config.image_marker_ids = sorted({markers[0], *config.image_marker_ids})
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
 def _read_plan(plan: str) -> dict[str, Any]:
