@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -178,6 +179,16 @@ def test_what_cannot_be_a_base_is_named(
         with pytest.raises(ConfigError) as caught:
             load_base(str(folder))
         assert message in str(caught.value)
+    file.write_text(json.dumps(settings))
+    weights = load_file(folder / "model.safetensors")
+    odd = weights.pop("model.layers.1.mlp.up_proj.weight")
+    for content, message in (
+        (weights, "the checkpoint lacks model.layers.1.mlp.up_proj.weight"),
+        ({**weights, "model.layers.1.mlp.up_proj.weight": odd, "model.odd": odd.clone()}, "has the unknown model.odd"),
+    ):
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(DataError, match=message):
+            load_base(str(folder))
     (tmp_path / "some.gguf").touch()
     with pytest.raises(DataError, match="cannot be loaded"):
         load_base(str(tmp_path / "some.gguf"))

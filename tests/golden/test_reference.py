@@ -160,6 +160,43 @@ def test_greedy_sequences(load: Load, case: str) -> None:
         assert all((token >= first) == image for token in completion.ids)
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def copy_with(folder: Path, target: Path, config: dict[str, Any], dropped: str = "nothing") -> Path:
+    target.mkdir()
+    settings = json.loads((folder / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value != "gone"}))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if dropped not in name}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "dropped", "message"),
+    [
+        ("unix", {}, "vision_", "lacks model.layers.0.image"),
+        ("unix", {}, "lm_head", "lacks lm_head.weight"),
+        ("unix_share", {}, "share_", "lacks model.layers.2.shared_mlp"),
+        ("dense_qwen2", {}, ".bias", "lacks model.layers.0.self_attn"),
+        ("dense_qwen3", {}, "_norm.weight", "lacks model.layers.0.self_attn.k_norm.weight"),
+        ("unix", {"skip_connection_loc": 0}, "nothing", "skip_connection_loc: 0 is not something that is built here"),
+        ("unix", {"hidden_size": 64}, "nothing", "weights do not fit the configuration"),
+        ("unix", {"rope_theta": "gone"}, "nothing", "the key 'rope_theta' is missing"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(
+    tmp_path: Path, name: str, config: dict[str, Any], dropped: str, message: str
+) -> None:
+    source = GOLDEN / "published" / name
+    if not source.is_dir():
+        pytest.skip(f"no {name} in {GOLDEN}")
+    with pytest.raises(DataError) as caught:
+        load_reference(copy_with(source, tmp_path / name, config, dropped))
+    assert message in str(caught.value)
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a checkpoint holds"):
+        load_reference(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"model.safetensors: cannot be read"):
         load_reference(tmp_path)
