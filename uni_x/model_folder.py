@@ -62,6 +62,27 @@ def save_model_folder(folder: ModelFolder, path: str | Path) -> None:
         folder.image_tokenizer.save_pretrained(partial / IMAGE_TOKENIZER)
 
 
+def read_model_config(path: str | Path) -> UniXConfig:
+    """Reads the configuration of a model folder.
+
+    Raises:
+        DataError: for a folder that holds no model, or another kind of model.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise DataError(f"{path}: not a model folder (it has no config.json); `uni-x train` and `uni-x init` make one")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{file}: not valid JSON") from None
+    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
+        raise DataError(f"{file}: not a Uni-X model")
+    try:
+        return UniXConfig(**tree)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file}: {' '.join(str(error).split())}") from None
+
+
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCausalLM:
     """Reads the model of a folder, in eval mode on the CPU; `dtype` None keeps the stored one.
 
@@ -69,15 +90,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCau
         DataError: that says what the folder lacks.
     """
     path = Path(path)
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise DataError(f"{path}: not a model folder (it has no config.json); train one with `uni-x train`")
-    try:
-        tree = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{config_file}: not valid JSON") from None
-    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
-        raise DataError(f"{config_file}: not a Uni-X model")
+    read_model_config(path)
     with _loading(path):
         loaded: Any = UniXForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True

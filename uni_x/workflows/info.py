@@ -1,6 +1,5 @@
 """`uni-x info` and `uni-x env`: what a model is made of, and what this machine has."""
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from uni_x.model.size import (
     serving_memory,
     training_memory,
 )
+from uni_x.model_folder import read_model_config
 from uni_x.recipe import TrainRecipe, load_recipe
 from uni_x.runs import installed_versions, write_atomically
 
@@ -108,28 +108,15 @@ def environment() -> dict[str, str]:
 
 def _config_of(path: Path) -> UniXConfig:
     if path.is_dir():
-        return _config_of_folder(path)
+        return read_model_config(path)
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"{path}: neither a model folder nor a recipe (.yaml)")
     from uni_x.train.run import make_config
 
     recipe = load_recipe(path, TrainRecipe)
     if recipe.model.base is not None:
-        return _config_of_folder(Path(recipe.model.base))
+        return read_model_config(recipe.model.base)
     return make_config(recipe, load_image_tokenizer(recipe.image_tokenizer))
-
-
-def _config_of_folder(folder: Path) -> UniXConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise DataError(f"{folder}: not a model folder (it has no config.json)")
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{file}: not valid JSON") from None
-    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
-        raise DataError(f"{file}: not a Uni-X model")
-    return UniXConfig(**tree)
 
 
 def _table(config: UniXConfig, size: ModelSize) -> Iterator[str]:
