@@ -6,9 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # before torch: for both sides, or whatever else runs slows them tenfold
+# before torch is loaded: for both sides, or whatever else runs slows them tenfold
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -81,23 +80,17 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 def gigaflops() -> float:
     """What this machine does in float32 matrix products."""
     a = torch.randn(1536, 1536)
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - started)
-    return 2 * 1536**3 / statistics.median(seconds) / 1e9
+    return 2 * 1536**3 / _seconds(lambda: a @ a) / 1e9
 
 
 def gigabytes_a_second() -> float:
     """What this machine reads from memory."""
     a = torch.ones(2**27)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a.sum()
-        seconds.append(time.perf_counter() - started)
-    return a.nbytes / statistics.median(seconds) / 1e9
+    return a.nbytes / _seconds(a.sum) / 1e9
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    return statistics.median(side_by_side({"run": run}, 9)["run"])
 
 
 def settle() -> None:

@@ -7,7 +7,7 @@ goes through here.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +96,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCau
             path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
     model, report = loaded
-    for problem, names in (("lacks", report["missing_keys"]), ("has the unknown", report["unexpected_keys"])):
-        if names:
-            raise DataError(f"{path}: the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+    refuse_incomplete(path, report["missing_keys"], report["unexpected_keys"])
     return model
 
 
@@ -124,6 +122,13 @@ def _open_to_readers(folder: Path) -> None:
     os.umask(mask)
     for file in folder.rglob("*"):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+def refuse_incomplete(where: str | Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises `DataError` for a checkpoint whose weights are not just those of the model."""
+    for problem, found in (("lacks", missing), ("has the unknown", unexpected)):
+        if names := sorted(found):
+            raise DataError(f"{where}: the checkpoint {problem} {', '.join(names[:3])} ({len(names)} in all)")
 
 
 @contextmanager

@@ -27,30 +27,18 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from uni_x.data.text_tokenizer import VISION_END, VISION_START, settle_special_tokens
+from uni_x.convert import BACKBONE_SIZES
+from uni_x.data.text_tokenizer import settle_special_tokens, special_ids
 from uni_x.errors import ConfigError, DataError, MissingExtraError
 from uni_x.images import ImageTokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
-from uni_x.model_folder import ModelFolder
+from uni_x.model_folder import ModelFolder, refuse_incomplete
 
 logger = logging.getLogger(__name__)
 
 NewRows = Literal["mean", "codebook"]
 BASES = ("llama", "qwen2", "qwen3")
-KEPT = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-)
+KEPT = (*BACKBONE_SIZES, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -99,9 +87,7 @@ def load_base(source: str, dtype: torch.dtype | None = None) -> Base:
         nowhere = "" if Path(source).exists() else "no such folder, and as a model on the hub it "
         raise DataError(f"{source}: {nowhere}cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     model, report = loaded
-    for problem, names in (("lacks", report["missing_keys"]), ("has the unknown", report["unexpected_keys"])):
-        if names:
-            raise DataError(f"{source}: the checkpoint {problem} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+    refuse_incomplete(source, report["missing_keys"], report["unexpected_keys"])
     return Base(model.eval(), tokenizer)
 
 
@@ -206,8 +192,8 @@ def _refuse_unknown(source: str, config: PreTrainedConfig) -> None:
 def _extended_config(base: Base, image_tokenizer: ImageTokenizer, plan: Mapping[str, Any]) -> UniXConfig:
     plain, tokenizer = base.model.config, base.tokenizer
     offset = len(tokenizer)
-    markers: Any = tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
     kept: dict[str, Any] = {name: getattr(plain, name, None) for name in KEPT}
+    kept |= special_ids(tokenizer) | {"eos_token_id": plain.eos_token_id}
     return UniXConfig(
         **kept,
         **plan,
@@ -218,9 +204,6 @@ def _extended_config(base: Base, image_tokenizer: ImageTokenizer, plan: Mapping[
         image_token_offset=offset,
         image_codebook_size=image_tokenizer.codebook_size,
         image_grid=list(image_tokenizer.grid),
-        vision_start_token_id=markers[0],
-        vision_end_token_id=markers[1],
-        pad_token_id=tokenizer.pad_token_id,
         dtype=base.model.dtype,
     )
 

@@ -15,25 +15,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from uni_x.convert import BACKBONE_SIZES
 from uni_x.errors import DataError
 from uni_x.model import UniXConfig, UniXForCausalLM
+from uni_x.model_folder import refuse_incomplete
 
 logger = logging.getLogger(__name__)
 
-KEPT_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+KEPT = (*BACKBONE_SIZES, "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_reference(folder: str | Path, image_token_offset: int | None = None) -> UniXForCausalLM:
@@ -62,9 +51,7 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
             f"{folder}: weights do not fit the configuration ({' '.join(str(error).split())[:300]})"
         ) from None
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for problem, names in (("lacks", sorted(set(missing) - tied)), ("has the unknown", sorted(unexpected))):
-        if names:
-            raise DataError(f"{folder}: the checkpoint {problem} {', '.join(names[:3])} ({len(names)} in all)")
+    refuse_incomplete(folder, set(missing) - tied, unexpected)
     model.tie_weights()
     return model
 
@@ -106,7 +93,7 @@ def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], of
     behind = settings["vocab_size"] - offset
     codes = min(settings.get("vision_vocab_size", behind), behind)
     return UniXConfig(
-        **{name: settings[name] for name in KEPT_SIZES if name in settings},
+        **{name: settings[name] for name in KEPT if name in settings},
         **_plan(settings, " ".join(weights)),
         head_dim=settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
         rope_parameters=_rope(settings),

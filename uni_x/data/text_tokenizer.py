@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -56,6 +56,17 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         additional_special_tokens=[VISION_START, VISION_END],
         clean_up_tokenization_spaces=False,
     )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Ids of the tokenizer's special tokens under the names that a model's configuration has for them."""
+    markers: Any = tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
+    return {
+        "vision_start_token_id": markers[0],
+        "vision_end_token_id": markers[1],
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def settle_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

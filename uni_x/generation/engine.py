@@ -7,6 +7,7 @@ after it. Guided requests run twice, with their prompt and with the unconditiona
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from uni_x.errors import InputError
@@ -14,6 +15,7 @@ from uni_x.generation.packed import PackedWeights
 from uni_x.generation.sampling import Sampling, draw, filtered_probabilities, guide
 from uni_x.model.cache import UniXCache
 from uni_x.model.causal_lm import UniXForCausalLM
+from uni_x.model.layout import image_tokens
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,7 @@ class Engine:
 
     def _longest(self, prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
         """Text tokens of the prompt that has most of them, and image tokens of the one that has most of those."""
-        config = self.model.config
-        markers = set(config.image_marker_ids)
-        images = [sum(token >= config.image_token_offset or token in markers for token in ids) for ids in prompts]
+        images = [int(image_tokens(self.model.config, np.asarray(ids)).sum()) for ids in prompts]
         texts = [len(ids) - count for ids, count in zip(prompts, images, strict=True)]
         return max(texts), max(images)
 

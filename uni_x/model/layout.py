@@ -194,7 +194,7 @@ def build_layout(
         raise InputError("attention_mask hides every token of the batch")
     rows = flat // length
     segments = _segments(rows, document_ids, flat, (batch, length))
-    is_image = _image_tokens(config, ids.reshape(-1)[flat])
+    is_image = image_tokens(config, ids.reshape(-1)[flat])
     past = cache_lengths.total[rows] if cache_lengths is not None else 0
     if position_ids is None:
         positions = _counts_within(segments) + past
@@ -259,7 +259,8 @@ def _segments(rows: np.ndarray, document_ids: torch.Tensor | None, flat: np.ndar
     return np.concatenate(([0], np.cumsum(changes)))
 
 
-def _image_tokens(config: UniXConfig, ids: np.ndarray) -> np.ndarray:
+def image_tokens(config: UniXConfig, ids: np.ndarray) -> np.ndarray:
+    """Which of the ids are image tokens in the layers, as a mask of their shape."""
     is_image = ids >= config.image_token_offset
     for marker in config.image_marker_ids:
         is_image |= ids == marker

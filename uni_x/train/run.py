@@ -26,10 +26,9 @@ from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
 from uni_x.data.shards import EncodedSamples
 from uni_x.data.text_tokenizer import (
-    VISION_END,
-    VISION_START,
     check_vocab_size,
     settle_special_tokens,
+    special_ids,
     train_text_tokenizer,
 )
 from uni_x.devices import choose_device, keep_freed_memory
@@ -286,13 +285,7 @@ def make_config(
     offset = recipe.text_tokenizer.vocab_size
     if text_tokenizer is not None:
         offset = len(text_tokenizer)
-        markers: Any = text_tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
-        sizes |= {
-            "vision_start_token_id": markers[0],
-            "vision_end_token_id": markers[1],
-            "eos_token_id": text_tokenizer.eos_token_id,
-            "pad_token_id": text_tokenizer.pad_token_id,
-        }
+        sizes |= special_ids(text_tokenizer)
     if section.plan is None:
         sizes |= {"preset": section.preset, "preset_arguments": section.preset_arguments}
     else:

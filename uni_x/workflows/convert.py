@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uni_x.convert.pretrained import NewRows, extend, load_base, to_base
 from uni_x.convert.reference import load_reference
-from uni_x.data.text_tokenizer import VISION_END, VISION_START, settle_special_tokens
+from uni_x.data.text_tokenizer import VISION_START, settle_special_tokens, special_ids
 from uni_x.errors import ConfigError, DataError, RecipeError, UsageError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig
@@ -133,13 +133,13 @@ def _take_text_tokenizer(config: UniXConfig, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError(
             f"the text tokenizer has {len(tokenizer)} tokens, but image codes begin at {config.image_token_offset}"
         )
-    markers: Any = tokenizer.convert_tokens_to_ids([VISION_START, VISION_END])
-    start = config.vision_start_token_id
-    if start is not None and start != markers[0]:
-        raise ConfigError(f"the text tokenizer's {VISION_START} is {markers[0]}, the checkpoint's {start}")
-    config.vision_start_token_id, config.vision_end_token_id = markers
-    config.image_marker_ids = sorted({markers[0], *config.image_marker_ids})
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids, start = special_ids(tokenizer), config.vision_start_token_id
+    marker = ids["vision_start_token_id"]
+    if start is not None and start != marker:
+        raise ConfigError(f"the text tokenizer's {VISION_START} is {marker}, the checkpoint's {start}")
+    for name, value in ids.items():
+        setattr(config, name, value)
+    config.image_marker_ids = sorted({marker, *config.image_marker_ids})
 
 
 def _read_plan(plan: str) -> dict[str, Any]:

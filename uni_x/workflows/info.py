@@ -121,12 +121,17 @@ def _config_of(path: Path) -> UniXConfig:
 
 def _table(config: UniXConfig, size: ModelSize) -> Iterator[str]:
     """A row for each run of equal layers, with the parameters of one of them."""
-    runs = [list(run) for _, run in groupby(enumerate(config.layer_specs), key=lambda item: item[1])]
-    width = max(len("ffn"), *(len(_ffn(run[0][1])) for run in runs))
+    runs = _runs(config)
+    width = max(len("ffn"), *(len(_ffn(spec)) for _, _, spec in runs))
     yield COLUMNS.format("layers", "norms", "q/k/v", "output", "ffn", "sees", "shared", "text", "image", ffn=width)
-    for run in runs:
-        index, spec = run[0]
-        yield _row(_layers(index, run[-1][0]), spec, size.layers[index], width)
+    for first, last, spec in runs:
+        yield _row(_layers(first, last), spec, size.layers[first], width)
+
+
+def _runs(config: UniXConfig) -> list[tuple[int, int, LayerSpec]]:
+    """Runs of equal layers: first and last index, and what the layers are made of."""
+    runs = [list(run) for _, run in groupby(enumerate(config.layer_specs), key=lambda item: item[1])]
+    return [(run[0][0], run[-1][0], run[0][1]) for run in runs]
 
 
 def _row(layers: str, spec: LayerSpec, size: LayerSize, width: int) -> str:
@@ -150,14 +155,12 @@ def _layers(first: int, last: int) -> str:
 def _sketch(config: UniXConfig) -> Iterator[str]:
     """The plan from the head down to the embedding: one bar for a part in common, two for one that each has."""
     yield "          norms  q/k/v  output ffn    sees     (left: text, right: images)"
-    runs = [list(run) for _, run in groupby(enumerate(config.layer_specs), key=lambda item: item[1])]
-    for run in reversed(runs):
-        index, spec = run[0]
+    for first, last, spec in reversed(_runs(config)):
         bars = [SHARED_BAR if part == "shared" else SEPARATE_BARS for part in spec.parts]
         if spec.ffn == "separate" and spec.shared_ffn_size:
             bars[3] = "█████+" if spec.image_ffn_size == 0 else "██ ██+"
         sight = "● ●" if spec.sees == "own" else "●━●"
-        yield f"{_layers(index, run[-1][0]):>8}  " + "  ".join(f"{bar:<5}" for bar in bars) + f"  {sight}"
+        yield f"{_layers(first, last):>8}  " + "  ".join(f"{bar:<5}" for bar in bars) + f"  {sight}"
 
 
 def _totals(config: UniXConfig, size: ModelSize, load: Load) -> Iterator[str]:

@@ -134,7 +134,8 @@ class Stages:
         self.file = file
         self.progress = progress
         self.entries: dict[str, dict[str, Any]] = _read(file)
-        self.started = False
+        start_up = self.entries.setdefault(START_UP, {"seconds": 0.0, "done": True})
+        start_up["seconds"] += time.time() - psutil.Process().create_time()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -143,10 +144,6 @@ class Stages:
 
     def run(self, name: str, work: Callable[[Report], None]) -> None:
         """Does the work of a stage, unless it is done already."""
-        if not self.started:
-            self.started = True
-            start_up = self.entries.setdefault(START_UP, {"seconds": 0.0, "done": True})
-            start_up["seconds"] += time.time() - psutil.Process().create_time()
         entry = self.entries.setdefault(name, {"seconds": 0.0, "done": False})
         if entry["done"]:
             return
