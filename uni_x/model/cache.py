@@ -28,6 +28,9 @@ class Store:
         self._make_room(keys, step.length)
         assert self.keys is not None
         assert self.values is not None
+        if step.slot is not None:
+            self.keys[:, :, step.slot], self.values[:, :, step.slot] = keys, values
+            return
         self.keys[step.rows, :, step.slots] = keys.to(self.keys.dtype)
         self.values[step.rows, :, step.slots] = values.to(self.values.dtype)
 

@@ -5,6 +5,7 @@ where a plain LLM has it (`layers.0.self_attn.q_proj`), and what image tokens ha
 `image` (`layers.0.image.self_attn.q_proj`).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -166,6 +167,23 @@ class Parts(nn.Module):
             self.mlp = FeedForward(size, ffn_size)
 
 
+@dataclass(frozen=True)
+class Path:
+    """The parts of a decoder layer that tokens of one modality go through.
+
+    Attributes:
+        norms: before the attention and before the FFN.
+        attention: owns the query, key and value projections.
+        o_proj: the attention's output projection.
+        ffns: whose outputs are added up.
+    """
+
+    norms: tuple[RMSNorm, RMSNorm]
+    attention: SelfAttention
+    o_proj: nn.Linear
+    ffns: tuple[FeedForward, ...]
+
+
 class DecoderLayer(GradientCheckpointingLayer, Parts):
     """One decoder layer, put together as its spec says."""
 
@@ -192,6 +210,20 @@ class DecoderLayer(GradientCheckpointingLayer, Parts):
             return self._two_streams(x, layout, rotary, stores)
         x = x + self._attention(self._by_modality("input_layernorm", x, layout), layout, rotary, stores)
         return x + self._feed_forward(self._by_modality("post_attention_layernorm", x, layout), layout)
+
+    def path(self, modality: str) -> Path:
+        """What tokens of a modality, `text` or `image`, go through."""
+        own, spec = (self.image if modality == "image" else None), self.spec
+        norms = own if own is not None and spec.norms == "separate" else self
+        qkv = own if own is not None and spec.qkv == "separate" else self
+        output = own if own is not None and spec.output == "separate" else self
+        ffns = (self.mlp if modality == "text" or spec.ffn == "shared" else getattr(own, "mlp", None), self.shared_mlp)
+        return Path(
+            (norms.input_layernorm, norms.post_attention_layernorm),
+            qkv.self_attn,
+            output.self_attn.o_proj,
+            tuple(ffn for ffn in ffns if ffn is not None),
+        )
 
     def _two_streams(
         self, x: torch.Tensor, layout: TokenLayout, rotary: Rotary, stores: dict[str, Store] | None

@@ -71,6 +71,7 @@ class CacheStep:
         query_rows: `(n,)` rows that have new tokens; None if all have.
         query_gather, query_scatter: token index for each place of `(n, queries)` and back; None for the identity.
         queries: new tokens of the row that has most.
+        slot: where every row, in their order, stores one token at the same place, that place.
         mask: `(n, 1, queries, length)` bool, True where a query sees a key; None where all see all.
     """
 
@@ -82,6 +83,7 @@ class CacheStep:
     query_gather: torch.Tensor | None = None
     query_scatter: torch.Tensor | None = None
     queries: int = 0
+    slot: int | None = None
     mask: torch.Tensor | None = None
 
 
@@ -185,6 +187,11 @@ def build_layout(
     ids = _host(input_ids)
     if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
         raise InputError(f"input_ids holds ids from {ids.min()} to {ids.max()}, vocab_size is {config.vocab_size}")
+    plain = attention_mask is None and position_ids is None and document_ids is None
+    if plain and cache_lengths is not None and length == 1:
+        layout = _layout_of_next_tokens(image_tokens(config, ids[:, 0]), cache_lengths, device)
+        if layout is not None:
+            return layout
     valid = _valid_tokens(attention_mask, batch, length)
     if cache_lengths is not None and document_ids is not None:
         raise InputError("document_ids cannot be used together with a cache")
@@ -232,6 +239,44 @@ def build_layout(
         new_tokens=CacheLengths(
             *(np.bincount(rows[part], minlength=batch) for part in (slice(None), text_ranks, image_ranks))
         ),
+    )
+
+
+def _layout_of_next_tokens(is_image: np.ndarray, lengths: CacheLengths, device: torch.device) -> TokenLayout | None:
+    """The layout of one more token a row, `is_image` `(rows,)`: most steps of decoding, where what any batch needs
+    would cost more than a layer does. None where the modalities differ, or where nothing of theirs is cached."""
+    images = int(np.count_nonzero(is_image))
+    own = lengths.image if images else lengths.text
+    if images not in (0, is_image.size) or not own.any():
+        return None
+    rows, none = np.arange(is_image.size), np.zeros_like(lengths.total)
+    order, positions = _tensor(rows, device), _tensor(lengths.total.copy(), device)
+
+    def step(held: np.ndarray, slots: torch.Tensor) -> CacheStep:
+        shortest, longest = int(held.min()), int(held.max())
+        mask = None if shortest == longest else np.arange(longest + 1) <= held[:, None, None, None]
+        return CacheStep(
+            order,
+            slots,
+            longest + 1,
+            prefill=False,
+            queries=1,
+            slot=longest if mask is None else None,
+            mask=None if mask is None else torch.from_numpy(mask).to(device),
+        )
+
+    stream = Stream(NO_BLOCKS, step(own, _tensor(own.copy(), device)))
+    empty = Stream(NO_BLOCKS)
+    new = np.ones_like(lengths.total)
+    return TokenLayout(
+        shape=(is_image.size, 1),
+        order=order,
+        sizes=(is_image.size - images, images),
+        positions=positions,
+        everything=Stream(NO_BLOCKS, step(lengths.total, positions)),
+        text=empty if images else stream,
+        image=stream if images else empty,
+        new_tokens=CacheLengths(new, none, new) if images else CacheLengths(new, new, none),
     )
 
 
@@ -357,6 +402,7 @@ def _cache_step(rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, devic
         query_gather=None if identity else _tensor(gather.reshape(-1), device),
         query_scatter=None if identity else _tensor(scatter, device),
         queries=queries,
+        slot=int(slots[0]) if identity and rows.size == lengths.size and slots.min() == slots.max() else None,
         mask=None if mask.all() else torch.from_numpy(mask[:, None]).to(device),
     )
 

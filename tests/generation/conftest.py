@@ -1,0 +1,3 @@
+from tests.model.conftest import make_model, plan
+
+__all__ = ["make_model", "plan"]
