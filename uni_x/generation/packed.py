@@ -122,7 +122,7 @@ class PackedWeights:
             ],
             heads=(heads, kv_heads),
             head_norms=_head_norms(attention, heads, kv_heads),
-            eps=path.norms[0].eps,
+            eps=torch.tensor(path.norms[0].eps),
         )
 
     def _product(self, projections: Sequence[nn.Linear], norm: RMSNorm | None = None) -> "_Product":
@@ -174,7 +174,7 @@ class _DenseLayer:
         ffns: for each FFN, whose outputs are added up, the second norm's weights with gate and up, and down.
         heads: of queries, and of keys.
         head_norms: weights of the query and key norms, `(heads + kv_heads, head_dim)`; None where there are none.
-        eps: of the norms.
+        eps: of the norms, `()`.
     """
 
     qkv: _Product
@@ -182,7 +182,7 @@ class _DenseLayer:
     ffns: Sequence[tuple[_Product, _Product]]
     heads: tuple[int, int]
     head_norms: torch.Tensor | None
-    eps: float
+    eps: torch.Tensor
 
     def __call__(self, x: torch.Tensor, rotary: Rotary, stream: Stream, store: Store | None) -> torch.Tensor:
         heads, kv_heads = self.heads
@@ -207,10 +207,10 @@ def _head_norms(attention: SelfAttention, heads: int, kv_heads: int) -> torch.Te
     return torch.cat(weights).detach()
 
 
-def _scaled(x: torch.Tensor, eps: float) -> torch.Tensor:
+def _scaled(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """RMS norm without its weights, in the fewest operations: starting them is what they cost."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 def _few_rows(x: torch.Tensor) -> bool:
