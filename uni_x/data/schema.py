@@ -6,8 +6,9 @@ A sample holds exactly one kind of content. A *caption* goes with one picture. *
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -55,10 +56,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceRow:
-    """What a reader gives: a sample whose pictures are not encoded yet."""
+    """What a reader gives: a sample whose pictures need not be encoded yet."""
 
     id: str
-    images: tuple[Picture, ...] = ()
+    images: tuple[Picture | CodeGrid, ...] = ()
     caption: str | None = None
     messages: tuple[Message, ...] | None = None
     text: str | None = None
@@ -71,6 +72,21 @@ class Rejection:
 
     id: str
     reason: str
+
+
+Load: TypeAlias = Callable[[], SourceRow | Rejection]
+"""Reads one row. Getting it costs next to nothing, so that rows which are not wanted can be passed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a source, or another piece of it that is read on its own.
+
+    `name` is unique within the source and the same in every run, and so are the rows and their order.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[Load]]
 
 
 def check_content(row: Sample | SourceRow) -> None:
