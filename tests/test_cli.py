@@ -98,7 +98,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert "silent.png" in reasons
 
     train = ["train", recipes / "pictures.yaml", f"run={run}", f"image_tokenizer={tokenizer / 'tokenizer'}"]
-    train += [f"data.sources=[{{path: {data}}}]", "data.max_length=256", "data.rows_per_epoch=4", "trainer.max_steps=6"]
+    train += [f"data.sources=[{{path: {data}}}]", "data.max_length=256", "trainer.max_steps=6"]
     train += ["trainer.logging_steps=2", "trainer.save_steps=3", "model.hidden_size=32", "device=cpu"]
     wrong = [words if not words.startswith("image_tokenizer=") else "image_tokenizer=scenes" for words in train[2:]]
     code, _, err = uni_x(*train[:2], *wrong)
@@ -242,7 +242,7 @@ def test_a_published_checkpoint_lacks_tokenizers(uni_x: RunCommand, tmp_path: Pa
     assert "the checkpoint lacks model.norm.weight" in err
 
 
-RECIPE = "data: {sources: [{path: absent}]}\n"
+RECIPE = "data: {sources: [{path: absent}]}\ntrainer: {max_steps: 2}\n"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,11 @@ def quickstart(
 @app.command()
 def encode(
     source: Annotated[
-        str, typer.Argument(help="A folder of pictures with captions in .txt files, scenes or openmoji.")
+        str,
+        typer.Argument(
+            help="A folder of captioned pictures, JSONL, Parquet, TSV or tar files, a data set's folder or hub id, "
+            "scenes or openmoji."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
     image_tokenizer: Annotated[
@@ -70,28 +74,43 @@ def encode(
         typer.Option(help="Folder of an image tokenizer, or scenes. [default: scenes, for the scenes alone]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    max_aspect: Annotated[
+        float, typer.Option(min=0, help="Reject pictures whose sides differ more than so many times; 0 takes any.")
+    ] = 2.5,
+    min_side: Annotated[
+        int | None,
+        typer.Option(min=0, help="Reject pictures with a side of fewer pixels. [default: a quarter of the resolution]"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set with several.")] = "train",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub data set first.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Turns pictures into image codes, once, on disk."""
+    """Turns pictures into image codes, once, on disk; several processes (accelerate launch) share the work."""
+    from uni_x.data.prepare import Filters
     from uni_x.devices import choose_device
     from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
-    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
+    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source, launched_share
 
     if image_tokenizer is None and source != SCENES:
         raise UsageError(
             f"--image-tokenizer is missing: which one encodes {source}? `uni-x tokenizer train` makes one from pictures"
         )
     tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_device(device))
-    with _progress() as progress:
+    filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
+    with _progress(quiet=launched_share().rank > 0) as progress:
         report = partial(progress, "encode")
         if source == SCENES:
             recipe = load_quickstart_recipe()
             summary = encode_scenes(recipe.scenes.at_most(limit), recipe.seed, out, tokenizer, report)
         else:
-            summary = encode_source(source, tokenizer, out, limit, report)
+            summary = encode_source(
+                source, tokenizer, out, limit, report, filters=filters, split=split, streaming=streaming
+            )
     if summary.already_done:
         typer.echo(f"This folder is finished already. Delete {out} to encode again.")
+    if not summary.finished:
+        return  # another process finds the folder whole, and says so
     typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
     if summary.rejected:
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
@@ -278,7 +297,7 @@ def _settle_libraries() -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
     """A progress line a stage, with rate and time left; where there is no terminal, a plain line now and then."""
     from rich.console import Console
     from rich.progress import (
@@ -292,7 +311,7 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
     global _goes_on
     _goes_on = True
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
     bars = Progress(
         TextColumn("{task.description:>10}"),
         BarColumn(),

@@ -305,6 +305,8 @@ class SourceSection(Section):
 
     path: str
     weight: NonNegativeFloat = 1.0
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of the folder is used at all: the same samples in every pass and with every seed."""
 
 
 class DataSection(Section):
@@ -312,10 +314,12 @@ class DataSection(Section):
 
     sources: Annotated[list[SourceSection], Field(min_length=1)]
     max_length: PositiveInt = 1024
-    """Tokens in a packed row."""
-    rows_per_epoch: PositiveInt = 1000
-    open_rows: NonNegativeInt = 64
-    """Rows that packing keeps open at a time; 0 gives each sequence a row of its own."""
+    """Tokens in a row."""
+    packing: Literal["none", "pretrain", "sft"] = "sft"
+    """Rows of whole sequences, or batches of single ones of similar length (`none`). In `pretrain` every sample with
+    one image is drawn or described, in `sft` those with a caption are, and conversations stay what they are."""
+    long_texts: Literal["split", "drop"] = "split"
+    """What becomes of texts that are longer than a row. Longer sequences with images or answers are left out."""
     render: RenderOptions = RenderOptions()
 
 

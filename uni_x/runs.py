@@ -136,9 +136,12 @@ def writing_into(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: weights cannot be written ({error}); free some space and run again") from None
 
 
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Writes a file so that it is whole on the disk or not there. Raises `RunError` where that cannot be done."""
-    partial = file.with_name(f".{file.name}.partial")
+def write_atomically(file: Path, content: str | bytes, writer: int = 0) -> None:
+    """Writes a file so that it is whole on the disk or not there. Raises `RunError` where that cannot be done.
+
+    `writer` tells apart processes that may write the same file at the same time.
+    """
+    partial = file.with_name(f".{file.name}.{writer}.partial" if writer else f".{file.name}.partial")
     try:
         with writing_into(file.parent), partial.open("wb") as stream:
             stream.write(content.encode("utf-8") if isinstance(content, str) else content)

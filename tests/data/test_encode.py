@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from PIL import Image
 
 import uni_x
-from uni_x.data.encode import EncodeSummary, encode, tokenizer_fingerprint
-from uni_x.data.readers import read_picture_folder
-from uni_x.data.schema import Message, Rejection, SourceRow
+from uni_x.data.encode import EncodeSummary, Share, encode, tokenizer_fingerprint
+from uni_x.data.prepare import Filters
+from uni_x.data.readers import open_source
+from uni_x.data.schema import CodeGrid, Message, Part, Rejection, SourceRow
 from uni_x.data.shards import EncodedSamples
 from uni_x.errors import DataError, RunError
 from uni_x.images import ImageTokenizer
@@ -26,8 +28,12 @@ def picture(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
+def part_of(rows, name="rows"):
+    return Part(name, lambda: (partial(lambda row: row, row) for row in rows))
+
+
 def encode_folder(pictures, tokenizer, out_dir, **options):
-    return encode(read_picture_folder(pictures), tokenizer, out_dir, source=str(pictures), shard_size=4, **options)
+    return encode(open_source(str(pictures)), tokenizer, out_dir, source=str(pictures), shard_size=4, **options)
 
 
 def content_of(folder):
@@ -44,12 +50,12 @@ def test_a_folder_becomes_shards_rejects_and_a_manifest(picture_folder, image_to
     calls = []
     summary = encode_folder(picture_folder, image_tokenizer, out, batch_size=3, progress=calls.append)
 
-    assert summary == EncodeSummary(read=20, written=18, rejected=2)
-    assert calls[-1] == summary
+    assert summary == EncodeSummary(read=20, written=18, rejected=2, finished=True)
+    assert replace(calls[-1], finished=True) == summary
     assert [call.read for call in calls] == sorted(call.read for call in calls)
     assert len(list(out.glob("part-*.parquet"))) == 5
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert rejects[0] == {"row": 6, "id": "06.png", "reason": "the caption is missing: 06.txt"}
+    assert rejects[0] == {"part": "pictures", "row": 6, "id": "06.png", "reason": "the caption is missing: 06.txt"}
     assert [reject["row"] for reject in rejects] == [6, 13]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["finished"]
@@ -79,35 +85,35 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
         SourceRow("f", (picture(3),), messages=question),
         SourceRow("g", (picture(4),), caption=""),
     ]
-    summary = encode(rows, image_tokenizer, tmp_path, source="rows", batch_size=2)
-    assert summary == EncodeSummary(read=7, written=3, rejected=4)
+    summary = encode([part_of(rows)], image_tokenizer, tmp_path, source="rows", batch_size=2)
+    assert summary == EncodeSummary(read=7, written=3, rejected=4, finished=True)
     samples = EncodedSamples(tmp_path, image_tokenizer.codebook_size)
     assert [(sample.id, len(sample.images)) for sample in samples] == [("a", 2), ("b", 0), ("d", 1)]
     assert samples[0].messages == question
     assert [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
-        {"row": 2, "id": "c", "reason": "the reader said so"},
-        {"row": 4, "id": "e", "reason": "images[1]: the file is no picture that Pillow can read"},
-        {"row": 5, "id": "f", "reason": "messages: 2 <image> for 1 images"},
-        {"row": 6, "id": "g", "reason": "caption: it is empty"},
+        {"part": "rows", "row": 2, "id": "c", "reason": "the reader said so"},
+        {"part": "rows", "row": 4, "id": "e", "reason": "images[1]: the file is no picture that Pillow can read"},
+        {"part": "rows", "row": 5, "id": "f", "reason": "messages: 2 <image> for 1 images"},
+        {"part": "rows", "row": 6, "id": "g", "reason": "caption: it is empty"},
     ]
 
 
 def test_a_source_of_rejects_alone_is_finished_too(image_tokenizer, tmp_path):
     rows = [SourceRow("a", (b"",), caption="x"), Rejection("b", "no")]
-    assert encode(rows, image_tokenizer, tmp_path, source="rows") == EncodeSummary(2, 0, 2)
+    assert encode([part_of(rows)], image_tokenizer, tmp_path, source="rows") == EncodeSummary(2, 0, 2, True)
     assert len(EncodedSamples(tmp_path, image_tokenizer.codebook_size)) == 0
 
 
 SLOW_ENCODE = """
 import sys, time
 from uni_x.data.encode import encode
-from uni_x.data.readers import read_picture_folder
+from uni_x.data.readers import open_source
 from uni_x.images import ImageTokenizer
 
 pictures, tokenizer, out = sys.argv[1:]
 tokenizer = ImageTokenizer.from_pretrained(tokenizer)
 pause = lambda summary: time.sleep(0.05)
-encode(read_picture_folder(pictures), tokenizer, out, source=pictures, shard_size=4, batch_size=1, progress=pause)
+encode(open_source(pictures), tokenizer, out, source=pictures, shard_size=4, batch_size=1, progress=pause)
 """
 
 
@@ -118,7 +124,7 @@ def test_a_killed_run_carries_on_row_for_row(picture_folder, image_tokenizer, tm
         [sys.executable, "-c", SLOW_ENCODE, picture_folder, tmp_path / "tokenizer", out],
         cwd=Path(uni_x.__file__).parents[1],
     )
-    third = out / "part-00002.parquet"
+    third = out / "part-00000-00002.parquet"
     deadline = time.monotonic() + 60
     while not third.exists():
         assert process.poll() is None
@@ -129,12 +135,12 @@ def test_a_killed_run_carries_on_row_for_row(picture_folder, image_tokenizer, tm
     with pytest.raises(DataError, match="out: encoding has not finished"):
         EncodedSamples(out, image_tokenizer.codebook_size)
     assert not json.loads((out / "manifest.json").read_text())["finished"]
-    assert not (out / "part-00004.parquet").exists()
+    assert not (out / "part-00000-00004.parquet").exists()
     written_before = third.stat().st_mtime_ns
 
     summary = encode_folder(picture_folder, ImageTokenizer.from_pretrained(tmp_path / "tokenizer"), out)
 
-    assert summary == EncodeSummary(read=20, written=18, rejected=2)
+    assert summary == EncodeSummary(read=20, written=18, rejected=2, finished=True)
     assert third.stat().st_mtime_ns == written_before
     encode_folder(picture_folder, image_tokenizer, tmp_path / "uninterrupted")
     assert content_of(out) == content_of(tmp_path / "uninterrupted")
@@ -145,9 +151,10 @@ def test_finished_work_is_not_read_again(picture_folder, image_tokenizer, tmp_pa
 
     def untouchable():
         raise AssertionError("the source was read")
-        yield
 
-    again = encode(untouchable(), image_tokenizer, tmp_path / "out", source=str(picture_folder), shard_size=4)
+    again = encode(
+        [Part("rows", untouchable)], image_tokenizer, tmp_path / "out", source=str(picture_folder), shard_size=4
+    )
     assert again == replace(first, already_done=True)
 
 
@@ -155,7 +162,7 @@ def test_a_damaged_shard_is_made_again(picture_folder, image_tokenizer, tmp_path
     out = tmp_path / "out"
     encode_folder(picture_folder, image_tokenizer, out)
     before = content_of(out)
-    shard = out / "part-00001.parquet"
+    shard = out / "part-00000-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
     unfinish(out)
     encode_folder(picture_folder, image_tokenizer, out)
@@ -185,7 +192,7 @@ def test_a_source_that_changed_in_between_is_refused(picture_folder, image_token
     encode_folder(picture_folder, image_tokenizer, out)
     unfinish(out)
     (picture_folder / "00.png").unlink()
-    with pytest.raises(RunError, match=r"part-00000\.parquet: the source now gives other rows"):
+    with pytest.raises(RunError, match=r"part-00000-00000\.parquet: the source now gives other rows"):
         encode_folder(picture_folder, image_tokenizer, out)
 
 
@@ -203,7 +210,74 @@ def test_folders_of_others_are_left_alone(image_tokenizer, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_told(image_tokenizer, tmp_path):
     rows = [SourceRow("a", (picture(0),), caption="a heart")]
-    (tmp_path / ".part-00000.parquet.partial").symlink_to("/dev/full")
+    (tmp_path / ".part-00000-00000.parquet.partial").symlink_to("/dev/full")
     with pytest.raises(RunError, match=f"{tmp_path}: the disk is full"):
-        encode(rows, image_tokenizer, tmp_path, source="rows")
-    assert encode(rows, image_tokenizer, tmp_path, source="rows") == EncodeSummary(1, 1, 0)
+        encode([part_of(rows)], image_tokenizer, tmp_path, source="rows")
+    assert encode([part_of(rows)], image_tokenizer, tmp_path, source="rows") == EncodeSummary(1, 1, 0, True)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 9])
+def test_several_processes_write_what_one_writes(image_tokenizer, tmp_path, parts):
+    source = [
+        part_of([SourceRow(f"{part}-{row}", (picture(row),), caption="a heart") for row in range(3 * part)], str(part))
+        for part in range(parts)
+    ]
+
+    def run(out, **options):
+        return encode(source, image_tokenizer, tmp_path / out, source="rows", shard_size=2, batch_size=2, **options)
+
+    alone = run("alone")
+    for rank in (1, 0):
+        together = run("together", share=Share(rank, 2))
+        assert together.finished == (rank == 0)
+    assert together == alone
+    assert content_of(tmp_path / "together") == content_of(tmp_path / "alone")
+
+
+def test_a_launcher_divides_the_work(picture_folder, image_tokenizer, tmp_path):
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "uni_x", "encode", str(picture_folder), "--image-tokenizer"]
+    command += [str(tmp_path / "tokenizer"), "--out", str(tmp_path / "together"), "--min-side", "0"]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"},
+            cwd=Path(uni_x.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert any("20 read = 18 written + 2 rejected" in text for text in said)
+    encode(open_source(str(picture_folder)), image_tokenizer, tmp_path / "alone", source=str(picture_folder))
+    assert content_of(tmp_path / "together") == content_of(tmp_path / "alone")
+
+
+def test_pictures_of_no_use_are_rejected(image_tokenizer, tmp_path):
+    shapes = [(20, 50), (20, 51), (9, 20), (10, 20)]
+    rows = [
+        SourceRow(str(number), (Image.new("RGB", shape),), caption="a shape") for number, shape in enumerate(shapes)
+    ]
+    encode([part_of(rows)], image_tokenizer, tmp_path, source="rows", filters=Filters(2.5, 10))
+    assert [json.loads(line)["reason"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
+        "the picture is too long: 20 x 51 pixels, max_aspect is 2.5",
+        "the picture is too small: 9 x 20 pixels, min_side is 10",
+    ]
+    with pytest.raises(RunError, match="made with another filters"):
+        encode([part_of(rows)], image_tokenizer, tmp_path, source="rows", filters=Filters(0))
+
+
+def test_ready_codes_are_taken_as_they_are(image_tokenizer, tmp_path):
+    def codes(count, dtype=np.uint16, first=0):
+        return np.arange(first, first + count, dtype=dtype)
+
+    grids = [CodeGrid(codes(4), 2, 2), CodeGrid(codes(6), 2, 3), CodeGrid(codes(4, first=61), 2, 2)]
+    rows = [SourceRow(str(number), (grid,), caption="codes") for number, grid in enumerate(grids)]
+    encode([part_of(rows)], image_tokenizer, tmp_path, source="rows")
+    assert [sample.images[0].codes.tolist() for sample in EncodedSamples(tmp_path, 64)] == [[0, 1, 2, 3]]
+    assert [json.loads(line)["reason"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
+        "images[0]: 2 x 3 codes, this image tokenizer's pictures have 2 x 2",
+        "images[0].codes: code 64 is not in a codebook of 64",
+    ]

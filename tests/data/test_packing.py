@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from uni_x.data.packing import Packer, pack
+from uni_x.data.packing import pack, plan_rows
 from uni_x.data.render import IGNORED, Rendered
 
 
@@ -61,12 +61,11 @@ def test_rows_are_mixed_as_the_sequences_come():
     assert np.std(shares[:-2]) < 0.1
 
 
-def test_packing_in_parts_is_packing_at_once(mixed):
-    at_once, _ = pack(mixed, 4096)
-    packer = Packer(4096)
-    in_parts = [row for start in range(0, 3000, 700) for row in packer.add(mixed[start : start + 700])]
-    in_parts += packer.finish()
-    assert [row.input_ids.tolist() for row in in_parts] == [row.input_ids.tolist() for row in at_once]
+def test_a_plan_packs_lengths_as_sequences_are(mixed):
+    rows, _ = pack(mixed, 4096)
+    plan = plan_rows([len(sequence.input_ids) for sequence in mixed], 4096)
+    assert [sum(len(mixed[index].input_ids) for index in row) for row in plan] == [len(r.input_ids) for r in rows]
+    assert sorted(index for row in plan for index in row) == list(range(3000))
 
 
 def test_overlong_images_and_answers_are_dropped_overlong_texts_split():
@@ -83,8 +82,13 @@ def test_overlong_images_and_answers_are_dropped_overlong_texts_split():
     assert documents == [list(range(8)), list(range(8)), list(range(8, 16)), list(range(16, 19))]
 
 
-def test_without_open_rows_each_sequence_has_its_own(mixed):
-    rows, statistics = pack(mixed, 4096, open_rows=0)
+def test_texts_are_left_out_rather_than_cut_on_request():
+    rows, statistics = pack([sequence(19, kind="text", image_tokens=0), sequence(8)], 8, split=False)
+    assert (len(rows), statistics.dropped, statistics.split) == (1, 1, 0)
+
+
+def test_unjoined_each_sequence_has_a_row_of_its_own(mixed):
+    rows, statistics = pack(mixed, 4096, join=False)
     assert [row.input_ids.tolist() for row in rows] == [sequence.input_ids.tolist() for sequence in mixed]
     assert all((row.document_ids == 1).all() for row in rows)
     assert statistics.documents == statistics.rows == len(mixed)

@@ -1,7 +1,8 @@
-import pickle
+import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,119 +10,206 @@ import pytest
 from torch.utils.data import DataLoader
 
 import uni_x
+from uni_x.data import shards
 from uni_x.data.collate import Collator
-from uni_x.data.dataset import TrainingData
+from uni_x.data.dataset import POSITION, Source, StreamPosition, TrainingStream, start_positions
 from uni_x.data.schema import Sample
+from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
 
+CODEBOOK_SIZE = 64
 
-def rows_of(data):
-    return [row.input_ids.tolist() for row in data]
+
+def ids_of(batches):
+    return [[row.tolist() for row in batch["input_ids"]] for batch in batches]
 
 
 @pytest.fixture
-def make_data(encoded_folder, make_renderer, samples):
+def make_stream(encoded_folder, make_renderer, samples, vocabulary):
     folder = encoded_folder(samples)
+    collate = Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id)
 
-    def make(max_length=128, rows_per_epoch=12, seed=3, **options):
-        return TrainingData([(folder, 1.0)], make_renderer(), max_length, rows_per_epoch, seed, **options)
+    def make(sources=None, max_length=128, batch_size=2, seed=3, renderer=None, **options):
+        sources = [Source(folder)] if sources is None else sources
+        return TrainingStream(sources, renderer or make_renderer(), collate, max_length, batch_size, seed, **options)
 
     return make
 
 
-def test_an_epoch_has_its_rows_well_filled(make_data):
-    data = make_data(rows_per_epoch=40)
-    assert len(data) == len(rows_of(data)) == 40
-    assert np.mean([len(row.input_ids) for row in data]) / 128 > 0.97
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of some batches, so that a test sees many of them."""
+    monkeypatch.setattr("uni_x.data.dataset._BLOCK_TOKENS", 128 * 8)
+    monkeypatch.setattr("uni_x.data.dataset._BLOCK_ROWS", (8, 8))
 
 
-def test_seed_and_epoch_decide_on_every_row(make_data):
-    data = make_data()
-    first = rows_of(data)
-    data.set_epoch(1)
-    second = rows_of(data)
-    assert first != second
-    data.set_epoch(0)
-    assert rows_of(data) == first
-
-    resumed = make_data()
-    resumed.set_epoch(1)
-    assert resumed[7].input_ids.tolist() == second[7]
-    assert rows_of(make_data(seed=4)) != first
-
-
-def test_processes_and_workers_see_the_same_rows(make_data):
-    data = make_data()
-    expected = rows_of(data)
-    assert rows_of(pickle.loads(pickle.dumps(make_data()))) == expected
-    loader = DataLoader(make_data(), batch_size=1, num_workers=2, collate_fn=lambda rows: rows[0].input_ids.tolist())
-    assert list(loader) == expected
-
-
-def test_each_pass_over_a_source_takes_every_sample_once(encoded_folder, make_renderer, make_image):
-    folder = encoded_folder([Sample(str(number), (), text=f"a{number}b") for number in range(90)])
-    data = TrainingData([(folder, 1.0)], make_renderer(), 64, 30, open_rows=0)  # a third of a pass
+def texts_of(batches):
+    """How often each text was seen among the documents of the batches."""
     seen = Counter()
-    for epoch in range(6):
-        data.set_epoch(epoch)
-        seen.update(map(tuple, rows_of(data)))
-    assert len(seen) == 90
-    assert set(seen.values()) == {2}
+    for batch in batches:
+        for ids, documents in zip(batch["input_ids"], batch["document_ids"], strict=True):
+            for number in range(1, int(documents.max()) + 1):
+                seen[tuple(ids[documents == number].tolist())] += 1
+    return seen
 
 
-def test_weights_are_shares_of_the_sequences(encoded_folder, make_renderer, samples):
+def test_rows_are_well_filled(make_stream):
+    batches = list(islice(make_stream(), 200))
+    assert np.mean([float(batch["attention_mask"].sum()) / (128 * len(batch["input_ids"])) for batch in batches]) > 0.94
+
+
+def test_seed_and_block_decide_on_every_row(make_stream, small_blocks):
+    first = ids_of(islice(make_stream(), 30))
+    assert ids_of(islice(make_stream(), 30)) == first
+    assert ids_of(islice(make_stream(seed=4), 30)) != first
+    flat = [row for batch in first for row in batch]
+    assert len(set(map(tuple, flat))) > 0.9 * len(flat)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make_stream, small_blocks, workers, processes):
+    def batches(positions, rank, count):
+        stream = make_stream(position=positions[rank])
+        return list(islice(DataLoader(stream, batch_size=None, num_workers=workers), count))
+
+    starts = start_positions(processes, workers)
+    for rank in range(processes):
+        uninterrupted = batches(starts, rank, 40)
+        for stopped_after in (1, 7, 22):
+            position = starts[rank]
+            for batch in batches(starts, rank, stopped_after):
+                position = position.after(batch)
+            former = list(starts)
+            former[rank] = StreamPosition.from_json(json.loads(json.dumps(position.to_json())))
+            resumed = batches(start_positions(processes, workers, former), rank, 12)
+            assert ids_of(resumed) == ids_of(uninterrupted[stopped_after : stopped_after + 12])
+
+
+def test_with_other_processes_nothing_is_lost_or_repeated(encoded_folder, make_stream, small_blocks):
+    folder = encoded_folder([Sample(str(number), (), text=f"a{number}b") for number in range(6000)], "texts")
+
+    def run(positions, counts):
+        seen, stood = [], []
+        for rank, position in enumerate(positions):
+            stream = make_stream([Source(folder)], position=position)
+            for batch in islice(DataLoader(stream, batch_size=None, num_workers=len(position.workers)), counts[rank]):
+                position = position.after(batch)
+                seen.append(batch)
+            stood.append(position)
+        return seen, stood
+
+    seen, stood = run(start_positions(3, 2), [13, 17, 4])
+    more, stood = run(start_positions(1, 1, stood), [9])
+    rest, stood = run(start_positions(2, 1, stood), [11, 2])
+    counts = texts_of([*seen, *more, *rest])
+    assert set(counts.values()) == {1}
+    # one who goes on alone comes by everything that the others have left
+    last, _ = run(start_positions(1, 1, stood), [150])
+    counts = texts_of([*seen, *more, *rest, *last])
+    assert len(counts) == 6000
+    assert set(counts.values()) == {1, 2}
+
+
+def test_each_pass_over_a_source_takes_every_sample_once(encoded_folder, monkeypatch):
+    folder = encoded_folder([Sample(str(number), (), text=f"{number}") for number in range(95)])
+    monkeypatch.setattr(shards, "_SHUFFLED_TOGETHER", 30)
+    source = ShuffledShards(folder, CODEBOOK_SIZE, (1,))
+    passes = [[source.sample(number * 95 + index).id for index in range(95)] for number in range(3)]
+    assert [sorted(seen) for seen in passes] == [sorted(map(str, range(95)))] * 3
+    assert passes[0] != passes[1]
+    again = ShuffledShards(folder, CODEBOOK_SIZE, (1,))
+    assert [again.sample(index).id for index in (250, 3, 94, 95, 189)] == [
+        passes[2][60],
+        passes[0][3],
+        passes[0][94],
+        passes[1][0],
+        passes[1][94],
+    ]
+    assert len(again._loaded) < 10
+
+
+def test_a_fraction_is_the_same_part_in_every_pass(encoded_folder):
+    folder = encoded_folder([Sample(str(number), (), text=f"{number}") for number in range(40)])
+    part = ShuffledShards(folder, CODEBOOK_SIZE, (1,), 0.25)
+    assert len(part) == 12  # of each shard of ten, three
+    first = {part.sample(index).id for index in range(12)}
+    assert len(first) == 12
+    assert {part.sample(index).id for index in range(12, 24)} == first
+    other_seed = ShuffledShards(folder, CODEBOOK_SIZE, (2,), 0.25)
+    assert {other_seed.sample(index).id for index in range(12)} == first
+
+
+def test_weights_are_shares_of_the_sequences(encoded_folder, make_stream, make_renderer, samples):
     drawn = encoded_folder([sample for sample in samples if sample.caption], "drawn")
     asked = encoded_folder([sample for sample in samples if sample.messages], "asked")
-    data = TrainingData([(drawn, 3), (asked, 1)], make_renderer(t2i_ratio=1.0), 256, 100)
-    by_source = data.statistics.by_source
-    counts = {source: sum(tokens.sequences.values()) for source, tokens in by_source.items()}
-    assert counts["drawn"] / sum(counts.values()) == pytest.approx(0.75, abs=0.05)
-    assert set(by_source["drawn"].sequences) == {"draw"}
-    assert set(by_source["asked"].sequences) == {"converse"}
-    assert by_source["asked"].image_tokens == 4 * counts["asked"]
-    assert by_source["asked"].text_tokens > by_source["asked"].image_tokens
-    packing = data.statistics.packing
-    assert packing.documents == sum(counts.values())
-    assert packing.tokens == sum(tokens.text_tokens + tokens.image_tokens for tokens in by_source.values())
+    stream = make_stream([Source(drawn, 3), Source(asked, 1)], renderer=make_renderer(t2i_ratio=1.0))
+    for block in (0, 1, 5):
+        sources = Counter(sample.source for sample in stream._samples_of(block, np.random.default_rng(0)))
+        assert sources["drawn"] / sources.total() == pytest.approx(0.75, abs=0.01)
+    # over blocks no sample is lost between two quotas
+    taken = [[stream._taken(number, count) for number in (0, 1)] for count in range(200)]
+    assert [sum(both) for both in taken] == list(range(200))
 
 
-def test_rows_make_batches(make_data, vocabulary):
-    collate = Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id)
-    for batch in DataLoader(make_data(), batch_size=5, collate_fn=collate):
-        assert batch["input_ids"].shape == batch["attention_mask"].shape
-        assert batch["input_ids"].max() < collate.vocab_size
+def test_without_packing_batches_hold_one_sequence_a_row_of_similar_length(make_stream):
+    batches = list(islice(make_stream(batch_size=4, packing=False), 60))
+    assert all(int(batch["document_ids"].max()) == 1 for batch in batches)
+    share = sum(float(batch["attention_mask"].sum()) for batch in batches)
+    assert share / sum(batch["input_ids"].numel() for batch in batches) > 0.95
+    assert len({batch["input_ids"].shape[1] for batch in batches[:10]}) > 2  # not sorted by length
 
 
-def test_overlong_samples_are_counted(encoded_folder, make_renderer, make_image):
-    folder = encoded_folder(
-        [Sample("long", (make_image(),), caption="heart " * 50), Sample("short", (make_image(),), caption="a")]
-    )
-    data = TrainingData([(folder, 1.0)], make_renderer(draw_instructions=[], describe_instructions=[]), 40, 4)
-    assert len(rows_of(data)) == 4
-    assert data.statistics.packing.dropped > 0
+def test_overlong_samples_are_counted(encoded_folder, make_stream, make_renderer, make_image):
+    long = [Sample("long", (make_image(),), caption="heart " * 50), Sample("text", (), text="heart " * 50)]
+    folder = encoded_folder([*long, Sample("short", (make_image(),), caption="a")], "mixed")
+    renderer = make_renderer(draw_instructions=[], describe_instructions=[])
+    stream = make_stream([Source(folder)], max_length=40, renderer=renderer)
+    assert stream.forecast.dropped > 0
+    assert stream.forecast.split > 0
+    stream = make_stream([Source(folder)], max_length=40, renderer=renderer, split_long_texts=False)
+    assert stream.forecast.split == 0
 
 
-def test_sources_that_give_nothing_are_refused(encoded_folder, make_renderer, samples, tmp_path):
-    folder = encoded_folder(samples)
+def test_sources_that_give_nothing_are_refused(encoded_folder, make_stream, tmp_path):
     with pytest.raises(DataError, match="max_length: 5 tokens are too few"):
-        TrainingData([(folder, 1.0)], make_renderer(), 5, 4)
+        make_stream(max_length=5)
     with pytest.raises(DataError, match="at least one source"):
-        TrainingData([(folder, 0.0)], make_renderer(), 128, 4)
+        make_stream([Source(tmp_path, 0.0)])
     with pytest.raises(DataError, match="no such file or folder"):
-        TrainingData([(tmp_path / "nowhere", 1.0)], make_renderer(), 128, 4)
+        make_stream([Source(tmp_path / "nowhere")])
 
 
-def test_hashes_of_another_process_change_nothing(make_data, text_tokenizer, vocabulary, tmp_path):
-    data = make_data()
+def test_a_loader_with_other_workers_is_refused(make_stream):
+    loader = DataLoader(make_stream(position=start_positions(1, 2)[0]), batch_size=None, num_workers=1)
+    with pytest.raises(DataError, match="one of 2 workers"):
+        next(iter(loader))
+
+
+def test_hashes_of_another_process_change_nothing(make_stream, text_tokenizer, vocabulary, tmp_path):
     text_tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = f"""
+from itertools import islice
 from transformers import PreTrainedTokenizerFast
-from uni_x.data.dataset import TrainingData
+from uni_x.data.collate import Collator
+from uni_x.data.dataset import Source, TrainingStream
 from uni_x.data.render import Renderer, Vocabulary
 renderer = Renderer(PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r}), {vocabulary!r})
-data = TrainingData([({str(tmp_path / "encoded")!r}, 1.0)], renderer, 128, 12, 3)
-print([row.input_ids.tolist() for row in data])
+stream = TrainingStream([Source({str(tmp_path / "encoded")!r})], renderer, Collator(1000, 0), 128, 2, 3)
+print([[row.tolist() for row in batch["input_ids"]] for batch in islice(stream, 12)])
 """
     root = Path(uni_x.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(rows_of(data))
+    assert result.stdout.strip() == str(ids_of(islice(make_stream(), 12)))
+
+
+def test_a_position_says_where_the_process_stands(make_stream, small_blocks):
+    stream = make_stream()
+    position = stream.position
+    for batch in islice(stream, 10):
+        position = position.after(batch)
+        assert POSITION not in batch
+    assert position.batches == 10
+    (worker,) = position.workers
+    (block, used), *_ = worker.left
+    assert sum(len(stream.batches_of(number)) for number in range(block)) + used == 10

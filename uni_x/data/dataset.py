@@ -1,180 +1,231 @@
-"""The rows that a training run sees: samples drawn from encoded folders by weight, rendered and packed.
+"""The batches that a training run sees: samples of encoded folders, mixed by weight, rendered and packed, without end.
 
-Everything follows from the seed and the epoch: every process of a run and every run resumed has the same rows.
+The stream is cut into blocks of samples. What a block holds follows from the seed and its number alone, and so do its
+rows; a worker of a process builds every so many blocks. Where a run stands is thus a block and a batch for each
+worker, which is what a checkpoint keeps: the run resumed sees the very batches that the other would have seen.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from uni_x.data.packing import PackedRow, Packer, PackingStatistics
+from uni_x.data.packing import PackedRow, PackingStatistics, pack
 from uni_x.data.render import Rendered, Renderer
 from uni_x.data.schema import Sample
-from uni_x.data.shards import EncodedSamples
+from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
 
-_DRAWN_AT_ONCE = 512
+POSITION = "position"  # the key in a batch under which its place in the stream is
+_TRIED = 512
+_BLOCK_TOKENS = 2**20
+_BLOCK_ROWS = (64, 512)
+
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """What was drawn from one source: sequences of each kind, tokens of text (markers among them) and image codes."""
+class Source:
+    """A folder of Parquet shards and its part in the mixture.
 
-    sequences: Mapping[str, int]
-    text_tokens: int
-    image_tokens: int
+    Attributes:
+        path: the folder, or one shard.
+        weight: its share of the sequences, over the sum of the weights.
+        fraction: how much of it is used at all, the same part in every pass and every run.
+    """
+
+    path: str | Path
+    weight: float = 1.0
+    fraction: float = 1.0
 
 
 @dataclass(frozen=True)
-class EpochStatistics:
-    """How an epoch was packed, and what was drawn for it, by the samples' `source`."""
+class WorkerPosition:
+    """How far one worker has come.
 
-    packing: PackingStatistics
-    by_source: Mapping[str, TokenCounts]
+    Attributes:
+        left: blocks it has to build next, each with the number of its batches that are used up.
+        following: the block after these, and from there on every `step`-th.
+    """
+
+    left: tuple[tuple[int, int], ...]
+    following: int
+    step: int
+
+    def after(self, block: int, used: int) -> WorkerPosition:
+        """Where the worker stands when `used` batches of a block are used up."""
+        position = self
+        while not position.left or position.left[0][0] != block:
+            position = position.next()
+        return replace(position, left=((block, used), *position.left[1:]))
+
+    def next(self) -> WorkerPosition:
+        """Where the worker stands at the beginning of its next block."""
+        if len(self.left) > 1:
+            return replace(self, left=self.left[1:])
+        return WorkerPosition(((self.following, 0),), self.following + self.step, self.step)
 
 
-class TrainingData(Dataset[PackedRow]):
-    """A map-style dataset of `rows_per_epoch` packed rows, which differ from epoch to epoch.
+@dataclass(frozen=True)
+class StreamPosition:
+    """How far one process has come: its workers, in their order, and how many batches it has used up in all."""
+
+    workers: tuple[WorkerPosition, ...]
+    batches: int = 0
+
+    def after(self, batch: Batch) -> StreamPosition:
+        """Where the process stands once a batch is used up; takes the batch's position out of it."""
+        worker, block, used = (int(number) for number in batch.pop(POSITION))
+        workers = list(self.workers)
+        workers[worker] = workers[worker].after(block, used)
+        return StreamPosition(tuple(workers), self.batches + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> StreamPosition:
+        """What `to_json` made. Raises `KeyError` or `TypeError` for anything else."""
+        workers = (
+            WorkerPosition(tuple((block, used) for block, used in w["left"]), w["following"], w["step"])
+            for w in content["workers"]
+        )
+        return cls(tuple(workers), content["batches"])
+
+
+def start_positions(
+    processes: int, workers: int, former: Sequence[StreamPosition] | None = None
+) -> list[StreamPosition]:
+    """Where the processes of a run begin, or go on from `former`, where those of an interrupted run stood.
+
+    With as many processes and workers each goes on where it was. Otherwise what they have left is divided anew:
+    nothing is lost and nothing is repeated, but the order is another.
+    """
+    workers = max(1, workers)
+    streams = processes * workers
+    if former and len(former) == processes and all(len(process.workers) == workers for process in former):
+        return list(former)
+    before = [worker for process in former or () for worker in process.workers]
+    fresh = max((worker.following for worker in before), default=0)
+    left = [place for worker in before for place in worker.left]
+    left += [(block, 0) for worker in before for block in range(worker.following, fresh, worker.step)]
+    divided = [
+        WorkerPosition(tuple(sorted(left)[stream::streams]), fresh + stream, streams) for stream in range(streams)
+    ]
+    return [StreamPosition(tuple(divided[rank * workers : (rank + 1) * workers])) for rank in range(processes)]
+
+
+class TrainingStream(IterableDataset[Batch]):
+    """An endless stream of batches; each process of a run has its own.
 
     Args:
-        sources: folders of Parquet shards with their weights, which are shares of the sequences, not of the tokens.
+        sources: what is mixed. A source is gone through in a new random order each time, every sample once.
         renderer: renders the samples.
+        collate: makes a batch of rows.
         max_length: tokens in a row.
-        rows_per_epoch: the length of the dataset, which fits as many samples as the rows can hold.
+        batch_size: rows in a batch; the last batch of a block may have fewer.
         seed: decides on order, mixing and what the renderer leaves to chance.
-        open_rows: see `Packer`; 0 gives each sequence a row of its own.
+        packing: whether rows hold several sequences; otherwise batches hold sequences of similar length.
+        split_long_texts: whether texts longer than a row are cut into several, or left out. Sequences with images or
+            answers that are longer than a row are always left out.
+        position: where this process begins, one of `start_positions`; None where there is one process, which has one
+            worker.
 
-    A source is gone through in a new random order each time, and the next epoch carries on where the last one ended,
-    up to the error of an estimate of how many samples fit into the rows. An epoch's rows are held in memory, 24 bytes
-    a token. Raises `DataError` for sources that cannot be read, are empty, or have no sample that fits into a row.
+    Raises `DataError` for sources that cannot be read, are empty, or have no sample that fits into a row.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[str | Path, float]],
+        sources: Sequence[Source],
         renderer: Renderer,
+        collate: Callable[[Sequence[PackedRow]], Batch],
         max_length: int,
-        rows_per_epoch: int,
+        batch_size: int = 1,
         seed: int = 0,
-        open_rows: int = 64,
+        *,
+        packing: bool = True,
+        split_long_texts: bool = True,
+        position: StreamPosition | None = None,
     ):
-        if not sources or any(weight < 0 for _, weight in sources) or not any(weight for _, weight in sources):
+        weights = np.array([source.weight for source in sources], dtype=np.float64)
+        if not sources or (weights < 0).any() or not weights.any():
             raise DataError("training needs at least one source, with weights of 0 or more and one above 0")
         codebook_size = renderer.vocabulary.image_codebook_size
-        self._sources = [
-            _ShuffledSource(path, codebook_size, (seed, number)) for number, (path, weight) in enumerate(sources)
+        self._shards = [
+            ShuffledShards(source.path, codebook_size, (seed, number), source.fraction)
+            for number, source in enumerate(sources)
         ]
-        weights = np.array([weight for _, weight in sources], dtype=np.float64)
-        self._shares = weights / weights.sum()
+        self._bounds = np.concatenate(([0.0], np.cumsum(weights / weights.sum())))
+        self._bounds[-1] = 1.0
         self._renderer = renderer
+        self._collate = collate
         self._max_length = max_length
-        self._rows_per_epoch = rows_per_epoch
+        self._batch_size = batch_size
         self._seed = seed
-        self._open_rows = open_rows
-        self._epoch = 0
-        self._built: _Epoch | None = None
-        self._samples_per_epoch = self._estimate_samples_per_epoch()
+        self._packing = packing
+        self._split_long_texts = split_long_texts
+        self.position = position or start_positions(1, 1)[0]
+        self._block_size, self.forecast = self._choose_block_size()
 
-    def __len__(self) -> int:
-        return self._rows_per_epoch
+    def __iter__(self) -> Iterator[Batch]:
+        worker, workers = get_worker_info(), len(self.position.workers)
+        if (1 if worker is None else worker.num_workers) != workers:
+            raise DataError(f"the stream's position is one of {workers} workers, the loader has another number")
+        # a loader begins with its worker 0, but the interrupted one would have gone on with another
+        own = (self.position.batches + (0 if worker is None else worker.id)) % workers
+        position = self.position.workers[own]
+        if not position.left:
+            position = position.next()
+        while True:
+            block, used = position.left[0]
+            batches = self.batches_of(block)
+            for number in range(used, len(batches)):
+                yield self._collate(batches[number]) | {POSITION: np.array([own, block, number + 1])}
+            position = position.next()
 
-    def __getitem__(self, index: int) -> PackedRow:
-        return self._rows_of_epoch().rows[index]
-
-    @property
-    def statistics(self) -> EpochStatistics:
-        """What the current epoch is made of."""
-        return self._rows_of_epoch().statistics
-
-    def set_epoch(self, epoch: int) -> None:
-        """Turns to another epoch; its rows are built when the first of them is asked for."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._built = None
-
-    def _rows_of_epoch(self) -> _Epoch:
-        if self._built is None:
-            self._built = self._build(self._epoch)
-        return self._built
-
-    def _build(self, epoch: int) -> _Epoch:
-        rng = np.random.default_rng((self._seed, epoch))
-        positions = [int(epoch * self._samples_per_epoch * share) for share in self._shares]
-        packer = Packer(self._max_length, self._open_rows)
-        counts = _Counts()
-        rows: list[PackedRow] = []
-        while len(rows) + packer.open_tokens // self._max_length < self._rows_per_epoch:
-            sequences = self._draw(positions, rng)
-            counts.add(sequences)
-            rows += packer.add(sequences)
-        rows += packer.finish()
+    def batches_of(self, block: int) -> list[list[PackedRow]]:
+        """The rows of a block, by batches."""
+        rng = np.random.default_rng((self._seed, block))
+        rows, _ = self._pack(self._renderer.render_all(self._samples_of(block, rng), rng))
+        if not self._packing:
+            rows.sort(key=lambda row: len(row.input_ids))
+            batches = self._cut(rows)
+            return [batches[index] for index in rng.permutation(len(batches))]
         # The rows at the end are the least full ones, and sorted by the lengths of their documents.
-        rows = rows[: self._rows_per_epoch]
-        order = rng.permutation(len(rows))
-        return _Epoch([rows[index] for index in order], EpochStatistics(packer.statistics, counts.by_source()))
+        return self._cut([rows[index] for index in rng.permutation(len(rows))])
 
-    def _draw(self, positions: list[int], rng: np.random.Generator) -> list[Rendered]:
-        """Renders samples of all sources by their shares, and moves the sources' positions on."""
+    def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
+        return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+
+    def _pack(self, sequences: list[Rendered]) -> tuple[list[PackedRow], PackingStatistics]:
+        return pack(sequences, self._max_length, join=self._packing, split=self._split_long_texts)
+
+    def _samples_of(self, block: int, rng: np.random.Generator) -> list[Sample]:
         samples = []
-        for number in rng.choice(len(self._sources), size=_DRAWN_AT_ONCE, p=self._shares).tolist():
-            samples.append(self._sources[number].sample(positions[number]))
-            positions[number] += 1
-        return self._renderer.render_all(samples, rng)
+        for number, shards in enumerate(self._shards):
+            first, end = (self._taken(number, count * self._block_size) for count in (block, block + 1))
+            samples += [shards.sample(position) for position in range(first, end)]
+        return [samples[index] for index in rng.permutation(len(samples))]
 
-    def _estimate_samples_per_epoch(self) -> float:
-        sequences = self._draw([0] * len(self._sources), np.random.default_rng(self._seed))
-        packer = Packer(self._max_length, self._open_rows)
-        rows = len(packer.add(sequences)) + packer.open_tokens / self._max_length
-        if not rows:
+    def _taken(self, source: int, samples: int) -> int:
+        """How many of the first `samples` of the mixture are of this source; over all sources they add up."""
+        below, above = (int(np.floor(samples * bound + 0.5)) for bound in self._bounds[source : source + 2])
+        return above - below
+
+    def _choose_block_size(self) -> tuple[int, PackingStatistics]:
+        """Samples in a block, so that it has some hundred rows, and what packing made of those that were tried."""
+        self._block_size = _TRIED
+        rng = np.random.default_rng(self._seed)
+        sequences = self._renderer.render_all(self._samples_of(0, rng), rng)
+        _, packed = self._pack(sequences)
+        if not packed.rows:
             raise DataError(f"max_length: {self._max_length} tokens are too few for each of {len(sequences)} samples")
-        return self._rows_per_epoch * len(sequences) / rows
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    rows: list[PackedRow]
-    statistics: EpochStatistics
-
-
-class _ShuffledSource:
-    """An endless sequence of the samples of one source: pass after pass, each in an order of its own."""
-
-    def __init__(self, path: str | Path, codebook_size: int, seed: tuple[int, ...]):
-        self._samples = EncodedSamples(path, codebook_size)
-        if not len(self._samples):
-            raise DataError(f"{path}: no samples in it")
-        self._seed = seed
-        self._pass = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    def sample(self, position: int) -> Sample:
-        number, index = divmod(position, len(self._samples))
-        if number != self._pass:
-            self._pass = number
-            self._order = np.random.default_rng((*self._seed, number)).permutation(len(self._samples))
-        return self._samples[int(self._order[index])]
-
-
-class _Counts:
-    def __init__(self) -> None:
-        self._kinds: dict[str, Counter[str]] = defaultdict(Counter)
-        self._text_tokens: Counter[str] = Counter()
-        self._image_tokens: Counter[str] = Counter()
-
-    def add(self, sequences: Sequence[Rendered]) -> None:
-        for sequence in sequences:
-            self._kinds[sequence.source][sequence.kind] += 1
-            self._text_tokens[sequence.source] += len(sequence.input_ids) - sequence.image_tokens
-            self._image_tokens[sequence.source] += sequence.image_tokens
-
-    def by_source(self) -> dict[str, TokenCounts]:
-        return {
-            source: TokenCounts(dict(kinds), self._text_tokens[source], self._image_tokens[source])
-            for source, kinds in self._kinds.items()
-        }
+        wanted = min(max(_BLOCK_TOKENS // self._max_length, _BLOCK_ROWS[0]), _BLOCK_ROWS[1])
+        rows = packed.tokens / self._max_length if self._packing else packed.rows
+        return max(1, round(wanted * len(sequences) / rows)), packed

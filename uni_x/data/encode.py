@@ -1,8 +1,11 @@
 """Encodes the pictures of a source into codes on disk, once; interrupted at any moment, it carries on when run again.
 
-Shard k of a folder holds what is left of the source rows `k * shard_size` to `(k + 1) * shard_size - 1` after the
-rejects. Its footer tells which rows those were and which were rejected, so that moving the shard into place is the
-one step that decides whether they are done. `manifest.json` says what the folder was made from and whether it is whole.
+A source is a list of parts. Shard `part-P-C.parquet` holds what is left of the rows `C * shard_size` to
+`(C + 1) * shard_size - 1` of part P after the rejects. Its footer tells which rows those were, which of them were
+rejected, and whether they were the part's last, so that moving the shard into place is the one step that decides
+whether they are done, and the folder alone tells whether it is whole. Any number of processes can thus work on it
+without speaking to each other: which shards are whose follows from their numbers, and whoever finds all of them there
+writes the manifest that says so.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from uni_x.data.schema import CodeGrid, Rejection, Sample, SourceRow, check_content
+from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
+from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes
-from uni_x.errors import DataError, RunError
-from uni_x.pictures import open_picture
+from uni_x.errors import RunError
 from uni_x.runs import write_atomically, writing_into
 
 if TYPE_CHECKING:
@@ -31,20 +35,24 @@ if TYPE_CHECKING:
     from uni_x.images import ImageTokenizer
 
 REJECTS = "rejects.jsonl"
-_FORMAT = 1
+PREPARING_THREADS = 4
+_FORMAT = 2
 _RECORD_KEY = b"uni_x.shard"
+_PARTS_A_PROCESS = 4  # where there are as many, a process takes whole parts, and reads no other
 
 
 @dataclass(frozen=True)
 class EncodeSummary:
     """How many source rows were read, written and rejected; `read == written + rejected`.
 
-    `already_done` says that an earlier run had finished the folder.
+    `finished` says that the folder is whole, and the counts are then those of the folder; otherwise other processes
+    are still at work, and they are this one's. `already_done` says that an earlier run had finished the folder.
     """
 
     read: int = 0
     written: int = 0
     rejected: int = 0
+    finished: bool = False
     already_done: bool = False
 
     def __add__(self, other: EncodeSummary) -> EncodeSummary:
@@ -54,37 +62,62 @@ class EncodeSummary:
 Progress = Callable[[EncodeSummary], None]
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is; `rank` counts from 0."""
+
+    rank: int = 0
+    processes: int = 1
+
+    def is_mine(self, part: int, parts: int, chunk: int) -> bool:
+        """Whether this process makes a shard. A part's empty shard, of a part without rows, is chunk 0."""
+        number = part if parts >= _PARTS_A_PROCESS * self.processes else part + chunk
+        return number % self.processes == self.rank
+
+
 def encode(
-    rows: Iterable[SourceRow | Rejection],
+    parts: Sequence[Part],
     tokenizer: ImageTokenizer,
     out_dir: str | Path,
     *,
     source: str,
     shard_size: int = 1000,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    filters: Filters | None = None,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> EncodeSummary:
     """Writes rows as Parquet shards of codes into `out_dir`, with `manifest.json` and `rejects.jsonl`.
 
-    `rows` must come in the same order in every run; `source` says in words where they come from, and changes when
-    they would. `batch_size` counts pictures a call of the tokenizer. `progress` is called with the totals so far after
-    each batch and each shard that was already there. On finished work it returns at once.
+    Args:
+        parts: the same in every run and process.
+        tokenizer: encodes the pictures.
+        out_dir: the folder, which all processes share.
+        source: says in words where the rows come from, and changes when they would.
+        shard_size: rows of a shard, rejects included.
+        batch_size: pictures a call of the tokenizer; None for as many as its memory allows.
+        filters: which pictures are rejected.
+        share: which of several processes this is.
+        progress: called with this process's totals so far after each batch and each shard that was there already.
 
-    Raises `RunError` where the folder was made with another tokenizer, source or shard size, where the source's rows
-    have changed since, and where the disk is full.
+    On finished work it returns at once. Raises `RunError` where the folder was made with another tokenizer, source,
+    filter or shard size, where the source's rows have changed since, and where the disk is full.
     """
-    out_dir = Path(out_dir)
+    out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
         "format": _FORMAT,
         "source": source,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "codebook_size": tokenizer.codebook_size,
         "shard_size": shard_size,
+        "filters": asdict(filters),
     }
-    finished = _open_folder(out_dir, manifest)
+    finished = _open_folder(out_dir, manifest, share.rank)
     if finished is not None:
         return finished
-    return _encode_shards(rows, tokenizer, out_dir, manifest, batch_size, progress or (lambda summary: None))
+    folder = _Folder(out_dir, parts, shard_size)
+    own = _Encoder(folder, tokenizer, filters, batch_size, progress or (lambda summary: None)).run(share)
+    return folder.finish(manifest, share.rank) or own
 
 
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
@@ -114,20 +147,21 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | None:
+def _open_folder(out_dir: Path, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
     """Starts the folder, or checks that it was started alike; gives the summary where it is finished."""
     path = out_dir / MANIFEST
     if not path.exists():
-        if out_dir.is_dir() and any(out_dir.glob("*.parquet")):
+        # another process may have begun in this very moment
+        if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
             raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
         with writing_into(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {**manifest, "finished": False})
+        _write_json(path, {**manifest, "finished": False}, rank)
         return None
     try:
         found = json.loads(path.read_bytes())
         finished = bool(found["finished"])
-        summary = EncodeSummary(**found["counts"], already_done=True) if finished else None
+        summary = EncodeSummary(**found["counts"], finished=True, already_done=True) if finished else None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another") from None
     for key, value in manifest.items():
@@ -144,63 +178,78 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:12]}…"
 
 
-def _encode_shards(
-    rows: Iterable[SourceRow | Rejection],
-    tokenizer: ImageTokenizer,
-    out_dir: Path,
-    manifest: dict[str, Any],
-    batch_size: int,
-    progress: Progress,
-) -> EncodeSummary:
-    shard_size = manifest["shard_size"]
-    total = EncodeSummary()
-    rejects: list[dict[str, Any]] = []
-    for number, shard_rows in enumerate(_cut(rows, shard_size)):
-        path = out_dir / f"part-{number:05d}.parquet"
-        record = _read_record(path)
-        if record is None:
-            record = _write_shard(path, shard_rows, number * shard_size, tokenizer, batch_size, total, progress)
-        elif _range_of(shard_rows) != (record.read, record.first_id, record.last_id):
-            raise RunError(
-                f"{path}: the source now gives other rows here than when this shard was made; "
-                "choose another folder, or delete this one to encode again"
-            )
-        total += record.summary
-        rejects += record.rejects
-        progress(total)
-    lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
-    write_atomically(out_dir / REJECTS, lines.encode("utf-8", "backslashreplace"))
-    _write_json(out_dir / MANIFEST, {**manifest, "finished": True, "counts": _counts(total)})
-    return total
-
-
-def _counts(summary: EncodeSummary) -> dict[str, int]:
-    return {"read": summary.read, "written": summary.written, "rejected": summary.rejected}
-
-
-def _cut(rows: Iterable[SourceRow | Rejection], size: int) -> Iterator[Iterator[SourceRow | Rejection]]:
-    """Cuts rows into runs of `size`; each run must be used up before the next is asked for."""
-    iterator = iter(rows)
-    for first in iterator:
-        yield itertools.chain([first], itertools.islice(iterator, size - 1))
-
-
 @dataclass(frozen=True)
 class _ShardRecord:
-    """What the footer of a shard tells: the source rows it stands for, and those of them that were rejected."""
+    """What the footer of a shard tells: the rows of the source it stands for, those of them that were rejected, and
+    whether the part ends with it."""
 
     read: int
     first_id: str
     last_id: str
     rejects: list[dict[str, Any]]
+    last: bool
 
     @property
     def summary(self) -> EncodeSummary:
         return EncodeSummary(self.read, self.read - len(self.rejects), len(self.rejects))
 
 
-def _read_record(path: Path) -> _ShardRecord | None:
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of rows of one part, which becomes one shard."""
+
+    part: int
+    number: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a chunk."""
+
+    chunk: _Chunk
+    load: Load
+
+
+@dataclass(frozen=True)
+class _End:
+    """Marks the end of a chunk among its rows."""
+
+    chunk: _Chunk
+    last: bool
+
+
+class _Folder:
+    """The shards of a folder: which there are to be, and which there are."""
+
+    def __init__(self, path: Path, parts: Sequence[Part], shard_size: int):
+        self.path = path
+        self.parts = parts
+        self.shard_size = shard_size
+
+    def chunk(self, part: int, number: int) -> _Chunk:
+        return _Chunk(part, number, self.path / f"part-{part:05d}-{number:05d}.parquet")
+
+    def finish(self, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
+        """Writes rejects and manifest, where every shard is there; None where one is missing."""
+        total, lines = EncodeSummary(), []
+        for part in range(len(self.parts)):
+            for number in itertools.count():
+                record = read_record(self.chunk(part, number).path)
+                if record is None:
+                    return None
+                total += record.summary
+                lines += [json.dumps(reject, ensure_ascii=False) + "\n" for reject in record.rejects]
+                if record.last:
+                    break
+        # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
+        write_atomically(self.path / REJECTS, "".join(lines).encode("utf-8", "backslashreplace"), rank)
+        counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
+        _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts}, rank)
+        return replace(total, finished=True)
+
+
+def read_record(path: Path) -> _ShardRecord | None:
     """None where there is no shard, or one that a fault of the disk has damaged."""
     try:
         return _ShardRecord(**json.loads(pq.read_schema(path).metadata[_RECORD_KEY]))
@@ -208,107 +257,143 @@ def _read_record(path: Path) -> _ShardRecord | None:
         return None
 
 
-def _range_of(rows: Iterable[SourceRow | Rejection]) -> tuple[int, str, str]:
-    ids = [row.id for row in rows]
-    return len(ids), ids[0], ids[-1]
+class _Encoder:
+    """One process's work: rows are prepared by threads, encoded here, and written by another thread, all at once."""
 
-
-def _write_shard(
-    path: Path,
-    rows: Iterator[SourceRow | Rejection],
-    first_row: int,
-    tokenizer: ImageTokenizer,
-    batch_size: int,
-    before: EncodeSummary,
-    progress: Progress,
-) -> _ShardRecord:
-    shard = _ShardInProgress(tokenizer, first_row)
-    for row in rows:
-        shard.add(row)
-        if shard.waiting_pictures >= batch_size:
-            shard.encode_waiting(batch_size)
-            progress(before + shard.record().summary)
-    shard.encode_waiting(batch_size)
-    record = shard.record()
-    metadata = {_RECORD_KEY.decode(): json.dumps(asdict(record))}
-    write_atomically(path, shard_to_bytes(shard.samples, tokenizer.codebook_size, metadata))
-    return record
-
-
-class _ShardInProgress:
-    """Rows go in one by one; their pictures are turned into pixels at once and wait for a whole batch."""
-
-    def __init__(self, tokenizer: ImageTokenizer, first_row: int):
-        self.samples: list[Sample] = []
-        self.waiting_pictures = 0
+    def __init__(
+        self, folder: _Folder, tokenizer: ImageTokenizer, filters: Filters, batch_size: int | None, progress: Progress
+    ):
+        self._folder = folder
         self._tokenizer = tokenizer
-        self._first_row = first_row
-        self._ids: list[str] = []
-        self._rejects: list[dict[str, Any]] = []
-        self._waiting: list[tuple[SourceRow, list[_Pixels]]] = []
+        self._filters = filters
+        self._batch_size = batch_size or tokenizer.pictures_at_once
+        self._progress = progress
+        self._done = EncodeSummary()
 
-    def add(self, row: SourceRow | Rejection) -> None:
-        self._ids.append(row.id)
-        if isinstance(row, Rejection):
-            self._reject(row.id, row.reason)
+    def run(self, share: Share) -> EncodeSummary:
+        """Makes the shards that are this process's and that are not there yet."""
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            written: Future[None] | None = None
+            shard: _Shard | None = None
+            ahead = 2 * self._batch_size
+            for item, prepared in map_ahead(self._prepare, self._rows(share), PREPARING_THREADS, ahead):
+                if shard is None:
+                    shard = _Shard(self._tokenizer, self._folder, item.chunk)
+                if prepared is not None:
+                    shard.add(prepared)
+                if shard.waiting_pictures >= self._batch_size or prepared is None:
+                    shard.encode_waiting(self._batch_size)
+                    self._progress(self._done + shard.summary)
+                if isinstance(item, _End):
+                    if written is not None:
+                        written.result()  # one shard at a time waits to be written
+                    written = writer.submit(shard.write, item.last)
+                    self._done += shard.summary
+                    shard = None
+            if written is not None:
+                written.result()
+        return self._done
+
+    def _prepare(self, item: _Row | _End) -> Prepared | Rejection | None:
+        return prepare(item.load, self._tokenizer, self._filters) if isinstance(item, _Row) else None
+
+    def _rows(self, share: Share) -> Iterator[_Row | _End]:
+        """The rows of the chunks that this process has to make, each chunk followed by its end."""
+        parts = self._folder.parts
+        for part, content in enumerate(parts):
+            if not any(share.is_mine(part, len(parts), chunk) for chunk in range(share.processes)):
+                continue
+            loads = iter(content.rows())
+            following = next(loads, None)
+            for number in itertools.count():
+                chunk = self._folder.chunk(part, number)
+                mine = share.is_mine(part, len(parts), number)
+                record = read_record(chunk.path) if mine else None
+                first = last = following
+                read = 0
+                while following is not None and read < self._folder.shard_size:
+                    if mine and record is None:
+                        yield _Row(chunk, following)
+                    last, following, read = following, next(loads, None), read + 1
+                if record is not None:
+                    _check_same_rows(chunk.path, record, read, first, last)
+                    self._done += record.summary
+                    self._progress(self._done)
+                elif mine:
+                    yield _End(chunk, last=following is None)
+                if following is None:
+                    break
+
+
+def _check_same_rows(path: Path, record: _ShardRecord, read: int, first: Load | None, last: Load | None) -> None:
+    ids = tuple("" if load is None else load().id for load in (first, last))
+    if (read, *ids) != (record.read, record.first_id, record.last_id):
+        raise RunError(
+            f"{path}: the source now gives other rows here than when this shard was made; "
+            "choose another folder, or delete this one to encode again"
+        )
+
+
+@dataclass
+class _Shard:
+    """A shard in the making: rows go in one by one, and their pictures wait for a whole batch."""
+
+    tokenizer: ImageTokenizer
+    folder: _Folder
+    chunk: _Chunk
+    waiting_pictures: int = 0
+    _samples: list[Sample] = field(default_factory=list)
+    _ids: list[str] = field(default_factory=list)
+    _rejects: list[dict[str, Any]] = field(default_factory=list)
+    _waiting: list[Prepared] = field(default_factory=list)
+
+    @property
+    def summary(self) -> EncodeSummary:
+        """Counts of the rows that are encoded or rejected."""
+        return EncodeSummary(len(self._samples) + len(self._rejects), len(self._samples), len(self._rejects))
+
+    def add(self, prepared: Prepared | Rejection) -> None:
+        if isinstance(prepared, Rejection):
+            part, row = self.folder.parts[self.chunk.part].name, self.chunk.number * self.folder.shard_size
+            place = {"part": part, "row": row + len(self._ids)}
+            self._ids.append(prepared.id)
+            self._rejects.append({**place, "id": prepared.id, "reason": prepared.reason})
             return
-        try:
-            check_content(row)
-            pixels = _prepare(row, self._tokenizer)
-        except DataError as error:
-            self._reject(row.id, str(error).removeprefix(f"sample {row.id!r}, "))
-            return
-        self._waiting.append((row, pixels))
-        self.waiting_pictures += len(pixels)
+        self._ids.append(prepared.row.id)
+        self._waiting.append(prepared)
+        self.waiting_pictures += sum(isinstance(image, Pixels) for image in prepared.images)
 
     def encode_waiting(self, batch_size: int) -> None:
         import torch
 
-        pixels = [picture.pixels for _, pictures in self._waiting for picture in pictures]
-        dtype = codes_dtype(self._tokenizer.codebook_size)
+        pixels = [image.pixels for row in self._waiting for image in row.images if isinstance(image, Pixels)]
+        dtype = codes_dtype(self.tokenizer.codebook_size)
         codes: list[np.ndarray] = []
         for start in range(0, len(pixels), batch_size):
             batch = torch.stack(pixels[start : start + batch_size])  # (batch, 3, resolution, resolution)
-            codes += list(self._tokenizer.encode_pixels(batch).numpy().astype(dtype))
+            codes += list(self.tokenizer.encode_pixels(batch).numpy().astype(dtype))
         remaining = iter(codes)
-        for row, pictures in self._waiting:
-            grids = tuple(_to_grid(next(remaining), picture) for picture in pictures)
-            self.samples.append(Sample(row.id, grids, row.caption, row.messages, row.text, row.source))
+        for prepared in self._waiting:
+            row = prepared.row
+            grids = tuple(
+                _to_grid(next(remaining), image) if isinstance(image, Pixels) else image for image in prepared.images
+            )
+            self._samples.append(Sample(row.id, grids, row.caption, row.messages, row.text, row.source))
         self._waiting.clear()
         self.waiting_pictures = 0
 
-    def record(self) -> _ShardRecord:
-        return _ShardRecord(len(self._ids), self._ids[0], self._ids[-1], self._rejects)
-
-    def _reject(self, row_id: str, reason: str) -> None:
-        self._rejects.append({"row": self._first_row + len(self._ids) - 1, "id": row_id, "reason": reason})
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """A picture as the tokenizer takes it, and the size that it had."""
-
-    pixels: torch.Tensor  # (3, resolution, resolution)
-    height: int
-    width: int
+    def write(self, last: bool) -> None:
+        """Puts the shard into place; `last` says that the part ends with it."""
+        ends = (self._ids[0], self._ids[-1]) if self._ids else ("", "")
+        record = _ShardRecord(len(self._ids), *ends, self._rejects, last)
+        metadata = {_RECORD_KEY.decode(): json.dumps(asdict(record))}
+        write_atomically(self.chunk.path, shard_to_bytes(self._samples, self.tokenizer.codebook_size, metadata))
 
 
-def _prepare(row: SourceRow, tokenizer: ImageTokenizer) -> list[_Pixels]:
-    prepared = []
-    for number, picture in enumerate(row.images):
-        try:
-            image = open_picture(picture)
-            prepared.append(_Pixels(tokenizer.preprocess([image])[0], image.height, image.width))
-        except DataError as error:
-            where = f"images[{number}]: " if len(row.images) > 1 else ""
-            raise DataError(f"{where}{error}") from None
-    return prepared
-
-
-def _to_grid(codes: np.ndarray, picture: _Pixels) -> CodeGrid:
+def _to_grid(codes: np.ndarray, picture: Pixels) -> CodeGrid:
     height, width = codes.shape
     return CodeGrid(codes.reshape(-1), height, width, picture.height, picture.width)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def _write_json(path: Path, content: dict[str, Any], rank: int) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), rank)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from uni_x.data.render import IGNORED, Rendered
 
 _GOOD_FILL = 0.98
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,7 @@ class PackedRow:
 class PackingStatistics:
     """What packing made of its sequences: `fill` is the share of `rows * max_length` that holds tokens.
 
-    `dropped` sequences were longer than a row and hold images or answers; `split` ones were longer texts, of which
-    each piece became a document.
+    `dropped` sequences were longer than a row; `split` ones were texts, of which each piece became a document.
     """
 
     max_length: int
@@ -46,59 +48,37 @@ class PackingStatistics:
         return self.tokens / (self.rows * self.max_length) if self.rows else 1.0
 
 
-class Packer:
-    """Best fit into a number of open rows: a sequence goes where it leaves the least room.
+class BestFit(Generic[Item]):
+    """Best fit of items into a number of open rows: an item goes where it leaves the least room.
 
-    Rows are thus mixed as the sequences come; a row is given out when it is full, or when it is the fullest of more
-    than `open_rows`. With `open_rows=0` each sequence has a row of its own.
+    Rows are thus mixed as the items come; a row is given out when it is full, or when it is the fullest of more than
+    `open_rows`. With `open_rows=0` each item has a row of its own. No item is longer than `max_length`.
     """
 
     def __init__(self, max_length: int, open_rows: int = 64):
-        self.statistics = PackingStatistics(max_length)
         self._max_length = max_length
         self._limit = open_rows
         self._by_room: list[tuple[int, int]] = []  # (room left, number of the row), ascending
-        self._open: dict[int, list[Rendered]] = {}
+        self._open: dict[int, list[tuple[int, Item]]] = {}
         self._next_number = 0
 
-    @property
-    def open_tokens(self) -> int:
-        """Tokens in rows that are not given out yet."""
-        return len(self._open) * self._max_length - sum(room for room, _ in self._by_room)
+    def add(self, length: int, item: Item) -> Iterator[list[Item]]:
+        """Takes an item and gives out the rows that it finished; to be used up before the next is added."""
+        self._place(length, item)
+        while self._by_room and (self._by_room[0][0] == 0 or len(self._by_room) > self._limit):
+            yield self._give_out(self._by_room[0])
 
-    def add(self, sequences: Iterable[Rendered]) -> list[PackedRow]:
-        """Takes sequences and gives out the rows that were finished by them."""
-        rows = []
-        for sequence in sequences:
-            for piece in self._fit(sequence):
-                self._place(piece)
-                while self._by_room and (self._by_room[0][0] == 0 or len(self._by_room) > self._limit):
-                    rows.append(self._give_out(self._by_room[0]))
-        return rows
-
-    def finish(self) -> list[PackedRow]:
-        """Gives out what is open; rows that are not nearly full are packed again first, longest sequence first."""
+    def finish(self) -> list[list[Item]]:
+        """Gives out what is open; rows that are not nearly full are packed again first, longest item first."""
         allowed_room = int((1 - _GOOD_FILL) * self._max_length)
         rows = [self._give_out(entry) for entry in self._by_room[:] if entry[0] <= allowed_room]
-        rest = [sequence for number in sorted(self._open) for sequence in self._open[number]]
+        rest = [item for number in sorted(self._open) for item in self._open[number]]
         self._by_room, self._open = [], {}
-        for sequence in sorted(rest, key=lambda sequence: len(sequence.input_ids), reverse=True):
-            self._place(sequence)
+        for length, item in sorted(rest, key=lambda entry: entry[0], reverse=True):
+            self._place(length, item)
         return rows + [self._give_out(entry) for entry in self._by_room[:]]
 
-    def _fit(self, sequence: Rendered) -> list[Rendered]:
-        length = len(sequence.input_ids)
-        if length <= self._max_length:
-            return [sequence]
-        if sequence.kind != "text" or sequence.image_tokens:
-            self.statistics = replace(self.statistics, dropped=self.statistics.dropped + 1)
-            return []
-        self.statistics = replace(self.statistics, split=self.statistics.split + 1)
-        cuts = [slice(start, start + self._max_length) for start in range(0, length, self._max_length)]
-        return [replace(sequence, input_ids=sequence.input_ids[cut], labels=sequence.labels[cut]) for cut in cuts]
-
-    def _place(self, sequence: Rendered) -> None:
-        length = len(sequence.input_ids)
+    def _place(self, length: int, item: Item) -> None:
         index = bisect.bisect_left(self._by_room, (length, -1))
         if index < len(self._by_room):
             room, number = self._by_room.pop(index)
@@ -106,29 +86,54 @@ class Packer:
             room, number = self._max_length, self._next_number
             self._next_number += 1
             self._open[number] = []
-        self._open[number].append(sequence)
+        self._open[number].append((length, item))
         bisect.insort(self._by_room, (room - length, number))
 
-    def _give_out(self, entry: tuple[int, int]) -> PackedRow:
+    def _give_out(self, entry: tuple[int, int]) -> list[Item]:
         self._by_room.remove(entry)
-        room, number = entry
-        documents = self._open.pop(number)
-        self.statistics = replace(
-            self.statistics,
-            rows=self.statistics.rows + 1,
-            documents=self.statistics.documents + len(documents),
-            tokens=self.statistics.tokens + self._max_length - room,
-        )
-        return _join(documents)
+        return [item for _, item in self._open.pop(entry[1])]
+
+
+def plan_rows(lengths: Iterable[int], max_length: int) -> list[list[int]]:
+    """How sequences of these lengths, none above `max_length`, are packed: the indices of those in each row."""
+    fit = BestFit[int](max_length)
+    rows = [row for index, length in enumerate(lengths) for row in fit.add(length, index)]
+    return rows + fit.finish()
 
 
 def pack(
-    sequences: Iterable[Rendered], max_length: int, open_rows: int = 64
+    sequences: Iterable[Rendered], max_length: int, *, join: bool = True, split: bool = True
 ) -> tuple[list[PackedRow], PackingStatistics]:
-    """Packs all sequences into rows of at most `max_length` tokens; see `Packer`."""
-    packer = Packer(max_length, open_rows)
-    rows = packer.add(sequences) + packer.finish()
-    return rows, packer.statistics
+    """Packs sequences into rows of at most `max_length` tokens.
+
+    Args:
+        sequences: in the order in which they are mixed.
+        max_length: tokens in a row.
+        join: puts several into a row; otherwise each has a row of its own.
+        split: cuts texts that are longer than a row into several, rather than leaving them out. What is longer and
+            has images or answers is always left out.
+    """
+    fit = BestFit[Rendered](max_length, **({} if join else {"open_rows": 0}))
+    documents: list[list[Rendered]] = []
+    dropped = cut = 0
+    for sequence in sequences:
+        pieces = _pieces(sequence, max_length, split)
+        dropped, cut = dropped + (not pieces), cut + (len(pieces) > 1)
+        documents += [row for piece in pieces for row in fit.add(len(piece.input_ids), piece)]
+    documents += fit.finish()
+    rows = [_join(row) for row in documents]
+    tokens = sum(len(row.input_ids) for row in rows)
+    return rows, PackingStatistics(max_length, len(rows), sum(map(len, documents)), tokens, dropped, cut)
+
+
+def _pieces(sequence: Rendered, max_length: int, split: bool) -> list[Rendered]:
+    length = len(sequence.input_ids)
+    if length <= max_length:
+        return [sequence]
+    if sequence.kind != "text" or sequence.image_tokens or not split:
+        return []
+    cuts = [slice(start, start + max_length) for start in range(0, length, max_length)]
+    return [replace(sequence, input_ids=sequence.input_ids[cut], labels=sequence.labels[cut]) for cut in cuts]
 
 
 def _join(documents: list[Rendered]) -> PackedRow:

@@ -21,6 +21,7 @@ from uni_x.data.schema import CodeGrid, Message, Sample
 from uni_x.errors import DataError
 
 MANIFEST = "manifest.json"
+_SHUFFLED_TOGETHER = 2**15  # samples
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _OPTIONAL_COLUMNS = {"caption": pa.string(), "messages": _MESSAGES, "text": pa.string(), "source": pa.string()}
 
@@ -62,14 +63,7 @@ class EncodedSamples(Sequence[Sample]):
         Raises `DataError` that names the file, and the sample where one is at fault. A folder whose manifest says that
         encoding has not finished is refused.
         """
-        path = Path(path)
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-        _check_finished(path / MANIFEST)
-        paths = shard_paths(path) if path.is_dir() else [path]
-        if not paths:
-            raise DataError(f"{path}: no Parquet shards in it; `uni-x encode` makes them from pictures")
-        self._shards = [_Shard(shard, codebook_size) for shard in paths]
+        self._shards = [_Shard(shard, codebook_size) for shard in _finished_shards(Path(path))]
         self._starts = list(itertools.accumulate((len(shard) for shard in self._shards), initial=0))
 
     def __len__(self) -> int:
@@ -88,6 +82,76 @@ class EncodedSamples(Sequence[Sample]):
             raise IndexError(f"no sample {index} among {len(self)}")
         shard = bisect.bisect_right(self._starts, index) - 1
         return self._shards[shard].sample(index - self._starts[shard])
+
+
+class ShuffledShards:
+    """An endless sequence of the samples of a folder: pass after pass, each in an order of its own.
+
+    Shards are shuffled, and the samples of as many shards as hold some ten thousand together; no more than these are
+    in memory.
+
+    Args:
+        path: a folder of Parquet shards, or one shard.
+        codebook_size: codes are below it.
+        seed: decides on the orders.
+        fraction: how much of each shard is used, the same samples in every pass and with every seed.
+    """
+
+    def __init__(self, path: str | Path, codebook_size: int, seed: tuple[int, ...], fraction: float = 1.0):
+        self._paths = _finished_shards(Path(path))
+        self._codebook_size = codebook_size
+        self._seed = seed
+        counts = np.array([_count_rows(shard) for shard in self._paths], dtype=np.int64)
+        self._kept = np.ceil(counts * fraction).astype(np.int64)
+        self._counts = counts
+        self._length = int(self._kept.sum())
+        if not self._length:
+            raise DataError(f"{path}: no samples in it")
+        self._pass = -1
+        self._groups: list[np.ndarray] = []
+        self._group_ends: list[int] = []
+        self._group = -1
+        self._order = np.empty((0, 2), dtype=np.int64)  # (samples of the group, shard and row)
+        self._loaded: dict[int, _Shard] = {}
+
+    def __len__(self) -> int:
+        """Samples of one pass."""
+        return self._length
+
+    def sample(self, position: int) -> Sample:
+        """The sample at a place of the sequence. Raises `DataError` for a shard that cannot be read."""
+        number, index = divmod(position, self._length)
+        if number != self._pass:
+            self._turn_to_pass(number)
+        group = bisect.bisect_right(self._group_ends, index)
+        if group != self._group:
+            self._turn_to_group(group)
+        shard, row = self._order[index - (self._group_ends[group - 1] if group else 0)].tolist()
+        return self._loaded[shard].sample(row)
+
+    def _turn_to_pass(self, number: int) -> None:
+        order = np.random.default_rng((*self._seed, number)).permutation(len(self._paths))
+        ends = np.cumsum(self._kept[order])
+        groups = (ends - 1) // _SHUFFLED_TOGETHER
+        cuts = np.flatnonzero(np.diff(groups)) + 1
+        self._groups = np.split(order, cuts)
+        self._group_ends = ends[[*(cuts - 1), -1]].tolist()
+        self._pass, self._group = number, -1
+
+    def _turn_to_group(self, group: int) -> None:
+        shards = self._groups[group].tolist()
+        self._loaded = {
+            shard: self._loaded.get(shard) or _Shard(self._paths[shard], self._codebook_size) for shard in shards
+        }
+        places = np.concatenate([[(shard, row) for row in self._rows(shard)] for shard in shards if self._kept[shard]])
+        self._order = np.random.default_rng((*self._seed, self._pass, group)).permutation(places)
+        self._group = group
+
+    def _rows(self, shard: int) -> list[int]:
+        count, kept = int(self._counts[shard]), int(self._kept[shard])
+        if kept == count:
+            return list(range(count))
+        return np.random.default_rng(shard).permutation(count)[:kept].tolist()
 
 
 class _Shard:
@@ -163,6 +227,23 @@ class _Shard:
 
     def _id_of_image(self, image: int) -> str:
         return self._ids[int(np.searchsorted(self._image_offsets, image, side="right")) - 1].as_py()
+
+
+def _finished_shards(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    _check_finished(path / MANIFEST)
+    paths = shard_paths(path) if path.is_dir() else [path]
+    if not paths:
+        raise DataError(f"{path}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+    return paths
+
+
+def _count_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
 
 
 def _check_finished(manifest: Path) -> None:

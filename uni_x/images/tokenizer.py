@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from uni_x.errors import ConfigError, DataError, RecipeError
+from uni_x.images.adapters import (
+    KEYS,
+    MODELS,
+    AdapterConfig,
+    ChameleonVQ,
+    Emu3VQ,
+    JanusVQ,
+    build_adapter,
+    read_adapter_config,
+    read_adapter_weights,
+)
 from uni_x.images.patches import PatchAutoencoder
 from uni_x.images.pixels import Picture, pixels_to_pictures, preprocess
 from uni_x.images.release import read_release_config, read_release_weights
@@ -23,7 +35,8 @@ WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "uni_x_image_tokenizer"
 FLOATS_AT_ONCE = 2**24  # 64 MB a feature map; bounds the memory of encoding and decoding
 
-Network = VQGAN | PatchAutoencoder
+Config = TokenizerConfig | AdapterConfig
+Network = VQGAN | PatchAutoencoder | JanusVQ | Emu3VQ | ChameleonVQ
 
 
 class ImageTokenizer:
@@ -37,7 +50,7 @@ class ImageTokenizer:
         codebook: the code vectors, `(codebook_size, embed_dim)`.
     """
 
-    def __init__(self, config: TokenizerConfig, network: Network | None = None):
+    def __init__(self, config: Config, network: Network | None = None):
         """Wraps `network`; left out, one of `config` with fresh weights."""
         self.config = config
         self.network = (build_network(config) if network is None else network).eval()
@@ -46,19 +59,32 @@ class ImageTokenizer:
         self.codebook_size = config.codebook_size
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ImageTokenizer":
-        """Reads a folder of ours (`config.json`, `model.safetensors`) or a published `vqgan.yaml` with `vqgan.ckpt`.
+    def from_pretrained(cls, folder: str | Path, resolution: int | None = None) -> "ImageTokenizer":
+        """Reads a folder of ours, a published `vqgan.yaml` with `vqgan.ckpt`, or one of transformers' (see `adapters`).
+
+        A folder of ours, or of transformers', has `config.json` and `model.safetensors`. `resolution` takes the place
+        of the one that the folder states; convolutions work on any multiple of a code's pixels, if less well.
 
         Raises `DataError` for files that are missing, cut short or do not fit, `ConfigError` for a configuration that
         is not a tokenizer's.
         """
         folder = Path(folder)
-        if (folder / CONFIG_FILE).is_file():
-            weights_file = folder / WEIGHTS_FILE
-            config, weights = _read_config(folder / CONFIG_FILE), _read_weights(weights_file)
+        config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        config: Config
+        if config_file.is_file():
+            content = _read_content(config_file)
+            model_type = content["model_type"]
+            if model_type == MODEL_TYPE:
+                config, weights = _our_config(config_file, content, resolution), _read_weights(weights_file)
+            else:
+                config = read_adapter_config(config_file, content, resolution)
+                weights = read_adapter_weights(folder, whole_model=model_type in MODELS)
+                weights_file = weights_file if weights_file.is_file() else folder  # of several files
         elif (folder / "vqgan.yaml").is_file():
             weights_file = folder / "vqgan.ckpt"
-            config, weights = read_release_config(folder / "vqgan.yaml"), read_release_weights(weights_file)
+            published = read_release_config(folder / "vqgan.yaml").model_dump()
+            config = _our_config(folder / "vqgan.yaml", published, resolution)
+            weights = read_release_weights(weights_file)
         elif folder.is_dir():
             raise DataError(f"{folder}: no image tokenizer here; needed is {CONFIG_FILE} or vqgan.yaml with vqgan.ckpt")
         else:
@@ -66,14 +92,23 @@ class ImageTokenizer:
         return cls(config, _network_with_weights(config, weights, weights_file))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes `config.json` and `model.safetensors` (numbers stored as `dtype`), each whole or not at all."""
+        """Writes `config.json` and `model.safetensors` (numbers stored as `dtype`), each whole or not at all.
+
+        A network of transformers becomes a folder of transformers, with the VQ model alone.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.network.state_dict().items()}
+        weights = {
+            name: _as_dtype(tensor.cpu(), dtype).contiguous() for name, tensor in self.network.state_dict().items()
+        }
         partial = folder / f"{WEIGHTS_FILE}.partial"
         partial.write_bytes(save(weights, metadata={"format": "pt"}))  # `save_file` would shut out other users
         os.replace(partial, folder / WEIGHTS_FILE)
-        content = {"model_type": MODEL_TYPE, **self.config.model_dump(mode="json")}
+        content = (
+            self.config.to_folder()
+            if isinstance(self.config, AdapterConfig)
+            else {"model_type": MODEL_TYPE, **self.config.model_dump(mode="json")}
+        )
         partial = folder / f"{CONFIG_FILE}.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, folder / CONFIG_FILE)
@@ -102,7 +137,7 @@ class ImageTokenizer:
 
         Memory does not grow with the number of pictures. Raises `DataError` for one that cannot be read.
         """
-        count = self._pictures_at_once()
+        count = self.pictures_at_once
         parts = [
             self._encode(self.preprocess(pictures[start : start + count])) for start in range(0, len(pictures), count)
         ]
@@ -112,9 +147,7 @@ class ImageTokenizer:
         """Codes `(n, h, w)` to RGB pictures. Raises `DataError` for codes out of range or of another shape."""
         self._check_codes(codes)
         return [
-            picture
-            for part in codes.split(self._pictures_at_once())
-            for picture in pixels_to_pictures(self._decode(part))
+            picture for part in codes.split(self.pictures_at_once) for picture in pixels_to_pictures(self._decode(part))
         ]
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -128,7 +161,7 @@ class ImageTokenizer:
                 f"pixels are floats of shape (n, 3, {self.resolution}, {self.resolution}), "
                 f"these are {pixels.dtype} of shape {tuple(pixels.shape)}"
             )
-        return torch.cat([self._encode(part) for part in pixels.split(self._pictures_at_once())])
+        return torch.cat([self._encode(part) for part in pixels.split(self.pictures_at_once)])
 
     def decode_pixels(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(n, h, w)` to pixels `(n, 3, resolution, resolution)` on the CPU; made for [-1, 1], not clipped.
@@ -136,7 +169,7 @@ class ImageTokenizer:
         Raises `DataError` for codes out of range or of another shape.
         """
         self._check_codes(codes)
-        return torch.cat([self._decode(part) for part in codes.split(self._pictures_at_once())])
+        return torch.cat([self._decode(part) for part in codes.split(self.pictures_at_once)])
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -146,7 +179,9 @@ class ImageTokenizer:
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         return self.network.decode(self.network.quantize.latents(codes.to(self.device, torch.int64))).cpu()
 
-    def _pictures_at_once(self) -> int:
+    @property
+    def pictures_at_once(self) -> int:
+        """How many pictures fit into the memory that encoding and decoding allow themselves."""
         return max(1, FLOATS_AT_ONCE // self.network.floats_per_picture)
 
     def _check_codes(self, codes: torch.Tensor) -> None:
@@ -161,8 +196,10 @@ class ImageTokenizer:
             )
 
 
-def build_network(config: TokenizerConfig) -> Network:
+def build_network(config: Config) -> Network:
     """The network of `config` with fresh weights, drawn from torch's global generator."""
+    if isinstance(config, AdapterConfig):
+        return build_adapter(config)
     if isinstance(config.network, PatchNetwork):
         return PatchAutoencoder(config.network, config.resolution, config.codebook_size)
     return VQGAN(config.network, config.resolution, config.codebook_size)
@@ -178,16 +215,25 @@ def load_image_tokenizer(name: str) -> ImageTokenizer:
     return ImageTokenizer.from_pretrained(scenes_tokenizer_folder() if name == "scenes" else name)
 
 
-def _read_config(path: Path) -> TokenizerConfig:
+def _read_content(path: Path) -> dict[str, Any]:
+    """A `config.json` whose model type has an image tokenizer."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    model_type = content.pop("model_type", None) if isinstance(content, dict) else None
-    if model_type != MODEL_TYPE:
-        raise ConfigError(f"{path}: model_type is {model_type!r}; an image tokenizer of ours has {MODEL_TYPE!r}")
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    known = (MODEL_TYPE, *MODELS, *KEYS)
+    if model_type not in known:
+        raise ConfigError(f"{path}: model_type is {model_type!r}; those with an image tokenizer are {', '.join(known)}")
+    return content
+
+
+def _our_config(path: Path, content: dict[str, Any], resolution: int | None) -> TokenizerConfig:
+    tree = {name: value for name, value in content.items() if name != "model_type"}
+    if resolution is not None:
+        tree["resolution"] = resolution
     try:
-        return check_recipe(content, TokenizerConfig, str(path))
+        return check_recipe(tree, TokenizerConfig, str(path))
     except RecipeError as error:
         raise ConfigError(str(error)) from None
 
@@ -201,7 +247,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise DataError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _network_with_weights(config: TokenizerConfig, weights: dict[str, torch.Tensor], path: Path) -> Network:
+def _network_with_weights(config: Config, weights: dict[str, torch.Tensor], path: Path) -> Network:
     """Other parts of a training checkpoint (losses, averages) are left out; gaps are errors."""
     with torch.device("meta"):  # draws no fresh weights
         network = build_network(config)
@@ -219,5 +265,10 @@ def _network_with_weights(config: TokenizerConfig, weights: dict[str, torch.Tens
     surplus = sorted(set(weights) - set(expected))
     if surplus:
         raise DataError(f"{path}: the tensor {surplus[0]} is not part of the network that its configuration describes")
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    network.load_state_dict({name: _as_dtype(tensor, torch.float32) for name, tensor in weights.items()}, assign=True)
     return network
+
+
+def _as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floats as `dtype`; counts, which batch norms keep beside them, as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

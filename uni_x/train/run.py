@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from uni_x.data.collate import Collator
-from uni_x.data.dataset import TrainingData
+from uni_x.data.dataset import Source, TrainingStream, start_positions
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
 from uni_x.data.shards import EncodedSamples
@@ -40,7 +40,7 @@ from uni_x.model_folder import ModelFolder, load_model_folder, save_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.callbacks import Checkpoint, Metrics, StopOnSignal, last_whole_checkpoint, read_metrics
-from uni_x.train.trainer import UniXTrainer
+from uni_x.train.trainer import UniXTrainer, read_positions
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,16 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 CHECKPOINT_COPIES = 8  # weights, two optimizer moments and gradients, twice while a checkpoint replaces another
 LOGS_BYTES = 20 * 2**20
-OWN_ARGUMENTS = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint", "remove_unused_columns"}
+OWN_ARGUMENTS = {
+    "output_dir",
+    "seed",
+    "data_seed",
+    "use_cpu",
+    "resume_from_checkpoint",
+    "remove_unused_columns",
+    "ignore_data_skip",
+    "save_only_model",
+}
 
 
 @dataclass(frozen=True)
@@ -97,22 +106,24 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     start = make_start(recipe)
     renderer = Renderer(start.text_tokenizer, Vocabulary.from_config(start.model.config), recipe.data.render)
     _check_codes_are_of(start.image_tokenizer, recipe)
-    rows = TrainingData(
-        [(source.path, source.weight) for source in recipe.data.sources],
-        renderer,
-        recipe.data.max_length,
-        recipe.data.rows_per_epoch,
-        seed=recipe.seed,
-        open_rows=recipe.data.open_rows,
-    )
+    checkpoint = last_whole_checkpoint(run.path / "checkpoints")
+    stream = _make_stream(recipe, arguments, renderer, checkpoint)
     weight_bytes = 4 * start.model.num_parameters()
     run.begin(needs_bytes=CHECKPOINT_COPIES * weight_bytes + LOGS_BYTES)
+    forecast = stream.forecast
+    if forecast.dropped or forecast.split:
+        logger.warning(
+            "of the first %d sequences %d are longer than max_length (%d) and left out, and %d are cut into several",
+            forecast.documents + forecast.dropped,
+            forecast.dropped,
+            forecast.max_length,
+            forecast.split,
+        )
     with writing_into(run.path):
-        checkpoint = last_whole_checkpoint(run.path / "checkpoints")
         if checkpoint is not None and checkpoint.step >= checkpoint.max_steps:
             start = replace(start, model=UniXForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32))
         else:
-            _run_trainer(recipe, arguments, start, rows, checkpoint, Metrics(metrics_file, progress))
+            _run_trainer(recipe, arguments, start, stream, checkpoint, Metrics(metrics_file, progress))
         save_model_folder(start, model_dir)
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     return _finish(run, recipe, read_metrics(metrics_file), already_done=False)
@@ -124,22 +135,41 @@ def _finish(run: RunFolder, recipe: TrainRecipe, metrics: list[dict[str, float]]
     return Trained(run.path / "model", metrics, already_done)
 
 
+def _make_stream(
+    recipe: TrainRecipe, arguments: TrainingArguments, renderer: Renderer, checkpoint: Checkpoint | None
+) -> TrainingStream:
+    """This process's batches, from where the checkpoint has left them."""
+    data = recipe.data
+    former = None if checkpoint is None else read_positions(checkpoint.path)
+    positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
+    vocabulary = renderer.vocabulary
+    return TrainingStream(
+        [Source(source.path, source.weight, source.fraction) for source in data.sources],
+        renderer,
+        Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id),
+        data.max_length,
+        arguments.per_device_train_batch_size,
+        recipe.seed,
+        packing=data.packing != "none",
+        split_long_texts=data.long_texts == "split",
+        position=positions[arguments.process_index],
+    )
+
+
 def _run_trainer(
     recipe: TrainRecipe,
     arguments: TrainingArguments,
     start: ModelFolder,
-    rows: TrainingData,
+    stream: TrainingStream,
     checkpoint: Checkpoint | None,
     metrics: Metrics,
 ) -> None:
     stop = StopOnSignal()
-    config = start.model.config
     trainer = UniXTrainer(
         optimizer_section=recipe.optimizer,
+        stream=stream,
         model=start.model,
         args=arguments,
-        train_dataset=rows,
-        data_collator=Collator(config.vocab_size, Vocabulary.from_config(config).pad_token_id),
         callbacks=[stop, metrics],
     )
     trainer.remove_callback(PrinterCallback)
@@ -233,6 +263,7 @@ def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "seed": recipe.seed,
         "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
+        "ignore_data_skip": True,  # the stream itself goes on where it was
     }
     _check_types(recipe.trainer)
     try:
@@ -240,6 +271,8 @@ def _training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         _try_schedule(arguments)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(f"trainer: {' '.join(str(error).split())}") from None
+    if arguments.max_steps <= 0:
+        raise RecipeError("trainer.max_steps: the data has no end, so training needs a number of steps")
     if arguments.eval_strategy != "no":
         raise RecipeError("trainer.eval_strategy: there is no held-out data to evaluate on; take the key out")
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process

@@ -1,28 +1,36 @@
-"""The Trainer of transformers, with losses apart by modality and rows in the order that the data decides."""
+"""The Trainer of transformers, with losses apart by modality and data that goes on where it was."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from uni_x.data.dataset import StreamPosition, TrainingStream
+from uni_x.errors import RunError
 from uni_x.recipe import OptimizerSection
 from uni_x.train.optimizers import MuonWithAdamW
 
+POSITION_FILE = "data_position_{rank}.json"
+
 
 class UniXTrainer(Trainer):
-    """Trainer for `UniXForCausalLM` on packed rows.
+    """Trainer for `UniXForCausalLM` on a `TrainingStream`.
 
     Args:
         optimizer_section: which optimizer to make.
+        stream: this process's data.
         **kwargs: as for transformers' Trainer.
     """
 
-    def __init__(self, optimizer_section: OptimizerSection, **kwargs: Any):
+    def __init__(self, optimizer_section: OptimizerSection, stream: TrainingStream, **kwargs: Any):
         self.optimizer_section = optimizer_section
+        self._position = stream.position
         self._sums: dict[str, torch.Tensor] = {}
-        super().__init__(**kwargs)
+        super().__init__(train_dataset=stream, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe; transformers' own where the recipe says adamw."""
@@ -41,7 +49,8 @@ class UniXTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As transformers', and adds up the losses of text and image for the log."""
+        """As transformers', adds up the losses of text and image for the log, and follows the stream."""
+        self._position = self._position.after(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("loss_text", "loss_image", "targets_text", "targets_image"):
             value = outputs[name].detach().float()
@@ -63,7 +72,37 @@ class UniXTrainer(Trainer):
             self._sums = {}
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # the data set has shuffled its rows already, the same way in every process
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(rows)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of the stream as they come: each process has a stream of its own, which settles the order."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Writes where this process stands in the data beside its random state, before a checkpoint counts as whole."""
+        super()._save_rng_state(output_dir)
+        content = {"processes": self.args.world_size, **self._position.to_json()}
+        (Path(output_dir) / POSITION_FILE.format(rank=self.args.process_index)).write_text(json.dumps(content))
+
+
+def read_positions(checkpoint: Path) -> list[StreamPosition]:
+    """Where the processes of a run stood when a checkpoint was written, in their order.
+
+    Raises:
+        RunError: for a checkpoint without them.
+    """
+    try:
+        contents = [json.loads((checkpoint / POSITION_FILE.format(rank=0)).read_text())]
+        for rank in range(1, contents[0]["processes"]):
+            contents.append(json.loads((checkpoint / POSITION_FILE.format(rank=rank)).read_text()))
+        return [StreamPosition.from_json(content) for content in contents]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"
+        ) from None

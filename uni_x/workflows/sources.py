@@ -1,15 +1,17 @@
 """What `uni-x encode` and `uni-x tokenizer train` read: a folder of pictures, or a source by name."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from uni_x import scenes
-from uni_x.data.encode import EncodeSummary, encode
-from uni_x.data.readers import read_picture_folder
-from uni_x.data.schema import Message, Rejection, SourceRow
-from uni_x.errors import DataError
+from uni_x.data.encode import EncodeSummary, Share, encode
+from uni_x.data.prepare import Filters
+from uni_x.data.readers import open_source
+from uni_x.data.schema import Load, Message, Part, SourceRow
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
 from uni_x.runs import installed_versions
@@ -21,9 +23,26 @@ Progress = Callable[[int, int, str], None]
 
 
 def encode_source(
-    source: str, tokenizer: ImageTokenizer, out: Path, limit: int | None = None, progress: Progress | None = None
+    source: str,
+    tokenizer: ImageTokenizer,
+    out: Path,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    *,
+    filters: Filters | None = None,
+    split: str = "train",
+    streaming: bool = False,
 ) -> EncodeSummary:
-    """Encodes at most `limit` rows of a folder of pictures with captions, or of `openmoji`, into `out`.
+    """Encodes a source into `out`, or this process's share of it where a launcher started several.
+
+    Args:
+        source: what `uni_x.data.readers.open_source` knows, or `openmoji`.
+        tokenizer: encodes the pictures.
+        out: the folder of shards.
+        limit: at most so many rows, the first.
+        progress: is told of this process's rows.
+        filters: which pictures are rejected.
+        split, streaming: see `open_source`.
 
     Raises:
         DataError: where the source is not there; and what `encode` raises.
@@ -33,31 +52,47 @@ def encode_source(
         if progress is not None:
             progress(summary.read, limit or 0, f"{summary.rejected} rejected")
 
-    name = source if source == OPENMOJI else str(Path(source))
+    parts = read_source(source, tokenizer.resolution, split, streaming)
+    name = str(Path(source)) if Path(source).exists() else source
+    if split != "train":
+        name += f", split {split}"
     if limit is not None:
         name += f", the first {limit}"
-    return encode(
-        islice(read_source(source, tokenizer.resolution), limit), tokenizer, out, source=name, progress=report
-    )
+        parts = [Part("first", partial(_first_rows, parts, limit))]
+    return encode(parts, tokenizer, out, source=name, filters=filters, share=launched_share(), progress=report)
 
 
-def read_source(source: str, resolution: int) -> Iterable[SourceRow | Rejection]:
-    """Rows of a folder of pictures with captions, or of `openmoji` at `resolution` pixels."""
+def launched_share() -> Share:
+    """This process among those that torchrun or accelerate started."""
+    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def _first_rows(parts: Sequence[Part], limit: int) -> Iterator[Load]:
+    return islice(chain.from_iterable(part.rows() for part in parts), limit)
+
+
+def read_source(source: str, resolution: int, split: str = "train", streaming: bool = False) -> list[Part]:
+    """The parts of a source, or of `openmoji` at `resolution` pixels."""
     if source == OPENMOJI:
-        return (to_source_row(row, OPENMOJI) for row in scenes.openmoji_rows(resolution))
-    if not Path(source).is_dir():
-        raise DataError(f"{source}: no such folder (a source is a folder of pictures, `{SCENES}` or `{OPENMOJI}`)")
-    return read_picture_folder(source)
+        return [_part(OPENMOJI, lambda: scenes.openmoji_rows(resolution))]
+    return open_source(source, split=split, streaming=streaming)
+
+
+def _part(name: str, rows: Callable[[], Iterable[scenes.SourceRow]]) -> Part:
+    return Part(name, lambda: (partial(to_source_row, row, name) for row in rows()))
 
 
 def encode_scenes(
     amounts: ScenesSection, seed: int, out: Path, tokenizer: ImageTokenizer, progress: Progress | None = None
 ) -> EncodeSummary:
     """Draws scenes and encodes them into the folders `drawing`, `looking` and `text` below `out`."""
-    kinds: dict[str, tuple[Iterator[scenes.SourceRow], int]] = {
-        "drawing": (scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)), amounts.drawings),
-        "looking": (scenes.looking_rows(scenes.looking_samples(amounts.looking, seed)), amounts.looking),
-        "text": (scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
+    kinds: dict[str, tuple[Callable[[], Iterator[scenes.SourceRow]], int]] = {
+        "drawing": (
+            lambda: scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)),
+            amounts.drawings,
+        ),
+        "looking": (lambda: scenes.looking_rows(scenes.looking_samples(amounts.looking, seed)), amounts.looking),
+        "text": (lambda: scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
     }
     total = sum(count for _, count in kinds.values())
     version = installed_versions().get("uni-x")
@@ -67,15 +102,22 @@ def encode_scenes(
         if progress is not None:
             progress(before + summary.read, total, kind)
 
+    summaries = []
     for kind, (rows, count) in kinds.items():
-        done += encode(
-            (to_source_row(row, kind) for row in rows),
+        summary = encode(
+            [_part(kind, rows)],
             tokenizer,
             out / kind,
             source=f"scenes of uni-x {version}, {count} of {kind} from seed {seed}",
             progress=partial(report, kind, done.read),
         )
-    return done
+        summaries.append(summary)
+        done += summary
+    return replace(
+        done,
+        finished=all(summary.finished for summary in summaries),
+        already_done=all(summary.already_done for summary in summaries),
+    )
 
 
 def to_source_row(row: scenes.SourceRow, source: str) -> SourceRow:

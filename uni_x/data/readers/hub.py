@@ -1,0 +1,134 @@
+"""Datasets of Hugging Face's library: folders that it saved, and those of the hub, streamed or not."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from uni_x.data.readers.fields import load_fields
+from uni_x.data.readers.parts import reject_rest, to_unicode
+from uni_x.data.schema import Load, Part
+from uni_x.errors import DataError
+
+
+def saved_dataset(folder: Path, split: str, streaming: bool, source: str) -> list[Part]:
+    """A folder that `save_to_disk` wrote; one that holds a single split is taken whole, whatever `split` says."""
+    datasets = _library(str(folder))
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library lets all that its many readers raise through
+        raise DataError(f"{folder}: not a saved dataset that can be read ({_first_line(error)})") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DataError(f"{folder}: no split {split!r} in it; it has {', '.join(dataset)}")
+        dataset = dataset[split]
+    if streaming:
+        dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset.cache_files), len(dataset))))
+    return _parts(dataset, split, source)
+
+
+def hub_dataset(name: str, split: str, streaming: bool) -> list[Part]:
+    """A dataset of the hub by its id, with its configuration behind a colon: `owner/name:config`."""
+    datasets = _library(name)
+    repository, _, config = name.partition(":")
+    try:
+        dataset = datasets.load_dataset(repository, config or None, split=split, streaming=streaming)
+    except Exception as error:  # as above
+        raise DataError(
+            f"{name}: no such file or folder, nor a dataset of the hub with a split {split!r} that can be read "
+            f"({_first_line(error)})"
+        ) from None
+    return _parts(dataset, split, repository)
+
+
+def _library(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f'{name}: datasets of Hugging Face need their library: pip install "uni-x[data]"') from None
+    return datasets
+
+
+def _parts(dataset: Any, split: str, source: str) -> list[Part]:
+    # In Arrow's form a stored picture comes as it is, bytes or a path; of a stream it would have been decoded before.
+    if hasattr(dataset, "__len__"):
+        return [Part(split, partial(_stored_rows, dataset.with_format("arrow"), split, source))]
+    dataset = (dataset.decode(False) if dataset.features else dataset).with_format("arrow")
+    shards = dataset.num_shards
+    names = [f"{split}-{index:05d}" for index in range(shards)]
+    return [
+        Part(name, partial(_streamed_rows, dataset.shard(num_shards=shards, index=index), name, source))
+        for index, name in enumerate(names)
+    ]
+
+
+def _stored_rows(dataset: Any, part: str, source: str) -> Iterator[Load]:
+    for number in range(len(dataset)):
+        yield partial(load_fields, partial(_stored_fields, dataset, number), f"{part}:{number}", source, _cached_file)
+
+
+def _stored_fields(dataset: Any, number: int) -> Mapping[str, Any]:
+    try:
+        return _to_fields(dataset[number])
+    except Exception as error:  # as above
+        raise DataError(f"it cannot be read ({_first_line(error)})") from None
+
+
+def _streamed_rows(dataset: Any, part: str, source: str) -> Iterator[Load]:
+    return reject_rest(part, _stream(dataset, part, source))
+
+
+def _stream(dataset: Any, part: str, source: str) -> Iterator[Load]:
+    rows = enumerate(dataset)
+    while True:
+        try:
+            number, row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as above
+            raise DataError(f"it cannot be read ({_first_line(error)})") from None
+        yield partial(load_fields, partial(_to_fields, row), f"{part}:{number}", source, _cached_file)
+
+
+def _to_fields(table: Any) -> Mapping[str, Any]:
+    try:
+        fields = table.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise DataError("not valid UTF-8") from None
+    return {name: _with_bytes(value) for name, value in fields.items()}
+
+
+def _with_bytes(value: Any) -> Any:
+    """Reads pictures that a streamed row only names, as files of the hub."""
+    if isinstance(value, list):
+        return [_with_bytes(element) for element in value]
+    if isinstance(value, dict) and value.get("bytes") is None and _is_on_hub(value.get("path")):
+        import fsspec
+
+        try:
+            with fsspec.open(value["path"], "rb") as stream:
+                return {"bytes": stream.read(), "path": None}
+        except Exception as error:  # as above
+            raise DataError(f"a picture cannot be fetched ({_first_line(error)})") from None
+    return value
+
+
+def _is_on_hub(path: object) -> bool:
+    return isinstance(path, str) and path.rpartition("::")[2].startswith("hf://datasets/")
+
+
+def _cached_file(path: str) -> Path:
+    """A file that the library fetched; a row may name no other on this machine."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    file = Path(path)
+    if ".." in file.parts or not any(file.is_relative_to(cache) for cache in caches):
+        raise DataError(f"the picture is not in the dataset, only the name of a file: {to_unicode(path[:200])}")
+    return file
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return to_unicode(lines[0]) if lines else type(error).__name__

@@ -1,0 +1,115 @@
+"""WebDataset tars: neighbouring members with the same name up to its first dot are one row."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from uni_x.data.readers.fields import load_fields
+from uni_x.data.readers.lines import parse_object
+from uni_x.data.readers.parts import reject_rest, to_unicode
+from uni_x.data.schema import Load
+from uni_x.errors import DataError
+from uni_x.pictures import PICTURE_SUFFIXES
+
+_TEXTS = ("txt", "caption")
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """Where the content of a member stands in the tar."""
+
+    key: str
+    extension: str  # all behind the first dot of the base name
+    offset: int
+    size: int
+
+
+def tar_rows(path: Path, part: str, source: str) -> Iterator[Load]:
+    """Rows of a tar: pictures with a caption (`txt`, `caption`), or with the fields of a row (`json`).
+
+    Ids are the keys behind the tar's name. Several pictures of a row come in the order of their names, `img10.jpg`
+    behind `img9.jpg`. Nothing is unpacked to disk.
+    """
+    return reject_rest(part, _tar_rows(path, part, source))
+
+
+def _tar_rows(path: Path, part: str, source: str) -> Iterator[Load]:
+    for key, members in groupby(_members(path), key=lambda member: member.key):
+        row_id = to_unicode(f"{part}:{key}")
+        yield partial(load_fields, partial(_fields, path, list(members)), row_id, source, None)
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    """Raises `DataError` where the tar breaks off; the row that was begun there is not given."""
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # they would pile up
+                directory, slash, name = member.name.rpartition("/")
+                key, dot, extension = name.partition(".")
+                if member.isreg() and not member.issparse() and key and dot:
+                    yield _Member(f"{directory}{slash}{key}", extension.lower(), member.offset_data, member.size)
+                if member.offset_data + member.size > size:  # a row before it is whole, its own is not
+                    raise DataError(f"the tar breaks off in {to_unicode(member.name)}")
+            _check_end(path, tar.offset)
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"not a whole tar ({error})") from None
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Python's reader takes a cut or a damaged header for the end, which is in truth a block of zeros."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"the tar breaks off or is damaged at byte {offset:,}")
+
+
+def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
+    extensions = [member.extension for member in members]
+    for number, extension in enumerate(extensions):
+        if extension in extensions[:number]:
+            raise DataError(f"two members of the row end in .{extension}")
+    pictures = sorted(
+        (member for member in members if f".{member.extension}".endswith(tuple(PICTURE_SUFFIXES))),
+        key=lambda member: _natural_order(member.extension),
+    )
+    text = next((member for name in _TEXTS for member in members if member.extension == name), None)
+    fields = next((member for member in members if member.extension == "json"), None)
+    if text is not None and not pictures:
+        raise DataError("no picture stands beside the caption (the members of a row must be neighbours)")
+    if text is None and fields is None:
+        raise DataError(f"neither txt, caption nor json in it (its members end in {', '.join(extensions)})")
+    with path.open("rb") as stream:
+        images = {"images": [_read(stream, member) for member in pictures]} if pictures else {}
+        if text is not None:
+            return {**images, "caption": _decode(_read(stream, text))}
+        assert fields is not None
+        found = parse_object(_read(stream, fields))
+        return {**{name: value for name, value in found.items() if not pictures or name != "image"}, **images}
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _read(stream: Any, member: _Member) -> bytes:
+    stream.seek(member.offset)
+    content: bytes = stream.read(member.size)
+    if len(content) != member.size:
+        raise DataError("the tar has become shorter while it was read")
+    return content
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise DataError("the caption is not valid UTF-8") from None
