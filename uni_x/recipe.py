@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -35,6 +36,20 @@ DESCRIBE_INSTRUCTIONS = (
     "Write a caption for this image.\n",
     "Tell me about this image.\n",
 )
+
+CHINESE_DRAW_INSTRUCTIONS = (
+    "\n请画出来。",
+    "\n请根据上面的文字画一张图。",
+    "\n把这段话变成一幅画吧。",
+    "\n为上述文字配一张图片。",
+)
+CHINESE_DESCRIBE_INSTRUCTIONS = (
+    "描述一下这张图片。\n",
+    "这张图里有什么？\n",
+    "请为这张图片写一句说明。\n",
+    "说说你在图中看到了什么。\n",
+)
+LANGUAGES = ("english", "chinese", "both")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -243,8 +258,33 @@ class TokenizerRecipe(Section):
     """How the weights' numbers are written; they are float32 again once read."""
 
 
+def _instructions(english: tuple[str, ...], chinese: tuple[str, ...]) -> BeforeValidator:
+    """Lets a list of instructions be named by its language."""
+    by_language = dict(zip(LANGUAGES, (english, chinese, english + chinese), strict=True))
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, str) and value not in by_language:
+            raise ValueError(f"a list of instructions, or one of {', '.join(LANGUAGES)}")
+        return by_language[value] if isinstance(value, str) else value
+
+    return BeforeValidator(expand)
+
+
+class SeparatorSection(Section):
+    """A token that stands behind every so many codes of an image, such as at the end of each line of its grid."""
+
+    every: PositiveInt
+    token: str = "<|vision_pad|>"
+
+
 class RenderOptions(Section):
     """How samples become sequences; kept with a model, since its prompts must look like its training data."""
+
+    layout: Literal["uni-x", "published"] = "uni-x"
+    """`published` is what the published checkpoints were trained on, where answers do not end."""
+    template: str | None = None
+    """Of conversations: chatml, gemma, plain, vicuna, `tokenizer` for that of the text tokenizer, or a Jinja file."""
+    vis_sep: SeparatorSection | None = None
 
     ignore_instruction: bool = True
     """Trains answers alone: drawings, descriptions and the assistant's turns. Otherwise all text is trained."""
@@ -252,8 +292,19 @@ class RenderOptions(Section):
     """Share of captioned pictures that are drawn; the others are described."""
     unconditional_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the drawings in which `<unconditional>` stands for the text."""
-    draw_instructions: tuple[str, ...] = DRAW_INSTRUCTIONS
-    describe_instructions: tuple[str, ...] = DESCRIBE_INSTRUCTIONS
+    draw_instructions: Annotated[tuple[str, ...], _instructions(DRAW_INSTRUCTIONS, CHINESE_DRAW_INSTRUCTIONS)] = (
+        DRAW_INSTRUCTIONS
+    )
+    """A list, or `english`, `chinese` or `both` for those that come with the package."""
+    describe_instructions: Annotated[
+        tuple[str, ...], _instructions(DESCRIBE_INSTRUCTIONS, CHINESE_DESCRIBE_INSTRUCTIONS)
+    ] = DESCRIBE_INSTRUCTIONS
+
+    @model_validator(mode="after")
+    def _published_conversations_have_no_template(self) -> "RenderOptions":
+        if self.layout == "published" and self.template is not None:
+            raise ValueError("the layout published has turns of its own; take template out")
+        return self
 
 
 class ModelSection(Section):

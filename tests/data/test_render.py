@@ -6,6 +6,7 @@ import pytest
 from uni_x.data.render import IGNORED, Renderer, Vocabulary
 from uni_x.data.schema import CodeGrid, Message, Sample
 from uni_x.errors import ConfigError, DataError, InputError
+from uni_x.recipe import RenderOptions
 
 ALWAYS_DRAW = {"t2i_ratio": 1.0, "unconditional_share": 0.0}
 ALWAYS_DESCRIBE = {"t2i_ratio": 0.0}
@@ -229,3 +230,60 @@ def test_grids_need_no_square_shape(make_renderer, read):
     image = CodeGrid(np.array([3, 1, 2], dtype=np.uint32), height=1, width=3)
     rendered = make_renderer(**ALWAYS_DRAW, draw_instructions=[]).render(Sample("x", (image,), caption="a car"), rng())
     assert read(rendered.input_ids) == "a car<s>[3][1][2]<e><eos>"
+
+
+def test_separators_stand_behind_so_many_codes(text_tokenizer, vocabulary, make_image, read, read_trained):
+    separated = make_separated(text_tokenizer, vocabulary, every=3)
+    sample = Sample("x", (make_image(7),), caption="a heart")
+    rendered = separated.render(sample, rng())
+    assert read(rendered.input_ids) == "a heart<s>[7][8][9]<e>[10]<e><eos>"
+    assert read_trained(rendered) == "[7][8][9]<e>[10]<e><eos>"
+    assert separated.separator == (vocabulary.vision_end_token_id, 3)
+    assert read(make_separated(text_tokenizer, vocabulary, every=2).render(sample, rng()).input_ids) == (
+        "a heart<s>[7][8]<e>[9][10]<e><e><eos>"
+    )
+    with pytest.raises(ConfigError, match=r"vis_sep\.token: the text tokenizer has no token <\|vision_pad\|>"):
+        Renderer(text_tokenizer, vocabulary, RenderOptions(vis_sep={"every": 2}))
+
+
+def make_separated(text_tokenizer, vocabulary, every):
+    options = RenderOptions(**ALWAYS_DRAW, draw_instructions=[], vis_sep={"every": every, "token": "<|vision_end|>"})
+    return Renderer(text_tokenizer, vocabulary, options)
+
+
+def test_in_pretraining_questions_are_captions_too(text_tokenizer, vocabulary, make_image, read):
+    options = RenderOptions(**ALWAYS_DRAW, draw_instructions=[])
+    asked = Sample("x", (make_image(7),), messages=(Message("user", "<image>Red?"), Message("assistant", "No")))
+    drawn = Sample("y", (make_image(7),), messages=(Message("user", "Draw."), Message("assistant", "<image>")))
+    pretrain, sft = (Renderer(text_tokenizer, vocabulary, options, stage) for stage in ("pretrain", "sft"))
+    assert read(pretrain.render(asked, rng()).input_ids) == "Red?\n No<s>[7][8][9][10]<e><eos>"
+    assert read(sft.render(asked, rng()).input_ids) == "<s>[7][8][9][10]<e>Red?\n No<eos>"
+    for renderer in (pretrain, sft):
+        assert renderer.render(drawn, rng()).kind == "converse"
+
+
+def test_the_published_layout_leaves_newlines_to_chance_and_answers_without_an_end(make_renderer, make_image, read):
+    renderer = make_renderer(layout="published", t2i_ratio=0.0, describe_instructions=["What?"])
+    asked = Sample("x", (make_image(7),), messages=(Message("user", "Red?"), Message("assistant", "No")))
+    seen = {read(renderer.render(asked, rng(seed)).input_ids) for seed in range(60)}
+    assert len(seen) == 9  # one to three newlines before each turn
+    assert all(text.startswith("<s>[7][8][9][10]<e>\n") and text.endswith("No") for text in seen)
+    described = read(renderer.render(Sample("x", (make_image(7),), caption="a heart"), rng()).input_ids)
+    assert described.startswith("<s>[7][8][9][10]<e>\n")
+    assert described.endswith("a heart")
+    prompt = renderer.chat_prompt([Message("user", "Red?")], [make_image(7)])
+    assert read(prompt) == "<s>[7][8][9][10]<e>\nRed?"
+    # a question without a picture ends
+    alone = Sample("x", messages=(Message("user", "Red?"), Message("assistant", "No")))
+    assert read(renderer.render(alone, rng()).input_ids).endswith("No<eos>")
+
+
+def test_instructions_are_named_by_their_language():
+    assert RenderOptions(draw_instructions="both").draw_instructions == (
+        RenderOptions().draw_instructions + RenderOptions(draw_instructions="chinese").draw_instructions
+    )
+    assert all("图" in text or "画" in text for text in RenderOptions(draw_instructions="chinese").draw_instructions)
+    with pytest.raises(ValueError, match="one of english, chinese, both"):
+        RenderOptions(describe_instructions="french")
+    with pytest.raises(ValueError, match="the layout published has turns of its own"):
+        RenderOptions(layout="published", template="plain")

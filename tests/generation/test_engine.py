@@ -110,3 +110,17 @@ def test_likelihoods_are_those_of_a_full_forward(model: UniXForCausalLM) -> None
 def test_wrong_requests_are_named(model: UniXForCausalLM, request_: Request, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Engine(model).generate([request_])
+
+
+def test_separators_are_put_between_codes(model: UniXForCausalLM) -> None:
+    separator, prompts = 51, [[3, 4, MARKER], [9, 8, 7, 6, MARKER]]
+    engine = Engine(model, separator=(separator, 3))
+    completions = engine.generate([Request(prompt, 7, image=True, sampling=GREEDY) for prompt in prompts])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        by_hand: list[int] = []
+        for lead in (3, 3, 1):
+            codes = greedy_by_hand(model, prompt, lead, range(TEXT, TEXT + CODES))
+            by_hand, prompt = by_hand + codes, [*prompt, *codes, separator]
+        assert completion.ids == by_hand
+    text = Request([3, 4], 7, sampling=GREEDY)
+    assert engine.generate([text]) == Engine(model).generate([text])

@@ -26,7 +26,7 @@ def folders(part: str) -> list[Path]:
     return [folder for folder in found if (folder / data).is_file()]
 
 
-OTHER_PARTS = ("reference/vqgan", "published/filters.safetensors", "benchmarks/golden")
+OTHER_PARTS = ("reference/vqgan", "published/filters.safetensors", "published/collator.json", "benchmarks/golden")
 if not (folders("reference") or folders("published") or any((GOLDEN / part).exists() for part in OTHER_PARTS)):
     raise FileNotFoundError(f"{GOLDEN}: no golden data in it")
 

@@ -269,7 +269,9 @@ def test_a_missing_weight_is_named(folder):
         ({"model_type": "janus"}, ConfigError, "the section 'vq_config' is missing"),
         ({"num_embeddings": "many"}, ConfigError, "num_embeddings"),
         ({"channel_multiplier": 3}, ConfigError, "channel_multiplier"),
+        ({"channel_multiplier": []}, ConfigError, "resolution"),
         ({"base_channels": 33}, ConfigError, "no janus_vqgan has these sizes: .*divisible"),
+        ({"num_patches": "many"}, ConfigError, "num_patches"),
         ({"image_size": "large"}, ConfigError, "resolution"),
         ({"num_embeddings": 51}, DataError, r"quantize\.embedding\.weight has the shape \(50, 8\)"),
         ({"embed_dim": 9}, DataError, "has the shape"),
@@ -280,7 +282,7 @@ def test_a_configuration_that_does_not_fit_is_one_line(folder, change, error, me
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(error, match=message) as raised:
         ImageTokenizer.from_pretrained(folder)
-    assert str(folder) in str(raised.value) or "no janus_vqgan" in str(raised.value)
+    assert str(raised.value).startswith(str(folder))
     assert "\n" not in str(raised.value)
 
 

@@ -1,25 +1,21 @@
 """Renders samples as ids and labels, and prompts as ids: training and inference share this code.
 
-A sample is first laid out as segments, each a text or ready ids, with a flag whether it is trained. The prompt of a
-task is laid out by the same functions, so that it is an exact prefix of what training renders:
-
-- draw: `{caption}{instruction}<|vision_start|>{codes}<|vision_end|>{eos}`
-- describe: `<|vision_start|>{codes}<|vision_end|>{instruction}{caption}{eos}`
-- converse: a newline ends each turn of the user; each answer ends in eos, and a newline leads on to the next turn
-- text: `{text}{eos}`
-
 Texts are tokenised segment by segment, special tokens spelled in them as plain characters.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Sample
+from uni_x.data.templates import load_template, render_template
 from uni_x.errors import ConfigError, DataError, InputError
 from uni_x.recipe import RenderOptions
 
@@ -30,8 +26,9 @@ IGNORED = -100
 UNCONDITIONAL = "<unconditional>"
 _IDS_KEPT = 5_000_000  # 40 MB of tokenised texts
 
-Segment: TypeAlias = "tuple[str | np.ndarray, bool]"
-"""A text or ready ids, and whether they are trained."""
+MOST_NEWLINES = 3  # in front of a turn of the published layout
+
+Stage = Literal["pretrain", "sft"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,13 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
         options: RenderOptions | None = None,
+        stage: Stage = "sft",
     ):
-        """Raises `ConfigError` where the tokenizer has ids beyond the text's part of the vocabulary."""
+        """`stage` says what `t2i_ratio` counts: in `pretrain` all samples with one image, in `sft` captions.
+
+        Raises `ConfigError` where the tokenizer has ids beyond the text's part of the vocabulary, or lacks a token or
+        the template that the options name.
+        """
         if len(tokenizer) > vocabulary.image_token_offset:
             raise ConfigError(
                 f"the text tokenizer has {len(tokenizer)} tokens, but image codes begin at id "
@@ -90,13 +92,35 @@ class Renderer:
             )
         self.vocabulary = vocabulary
         self.options = options or RenderOptions()
-        self._trains_instructions = not self.options.ignore_instruction
+        self.stage = stage
         self._tokenizer = tokenizer
-        self._vision_start = np.array([vocabulary.vision_start_token_id])
-        self._vision_end = np.array([vocabulary.vision_end_token_id])
-        self._end: Segment = (np.array([vocabulary.eos_token_id]), True)
-        self._texts: dict[str, np.ndarray] = {}
+        self._layout = self._make_layout()
+        self._texts: dict[tuple[str, bool], np.ndarray] = {}
         self._ids_kept = 0
+
+    @property
+    def separator(self) -> tuple[int, int] | None:
+        """The id that stands behind every so many codes of an image, and how many; None where none does."""
+        return separator_of(self._tokenizer, self.options)
+
+    def _make_layout(self) -> HouseLayout:
+        options, vocabulary = self.options, self.vocabulary
+        start, end, eos = (
+            np.array([id_])
+            for id_ in (vocabulary.vision_start_token_id, vocabulary.vision_end_token_id, vocabulary.eos_token_id)
+        )
+        separator, every = self.separator or (None, 0)
+        markers = Markers(
+            start, end, eos, vocabulary.image_token_offset, vocabulary.image_codebook_size, separator, every
+        )
+        trains_instructions = not options.ignore_instruction
+        if options.layout == "published":
+            return PublishedLayout(markers, trains_instructions, sft=self.stage == "sft")
+        if options.template is None:
+            return HouseLayout(markers, trains_instructions)
+        template = partial(render_template, load_template(options.template, self._tokenizer), self._tokenizer)
+        eos_token = self._tokenizer.convert_ids_to_tokens(vocabulary.eos_token_id)
+        return HouseLayout(markers, trains_instructions, template, str(eos_token))
 
     def render(self, sample: Sample, rng: np.random.Generator) -> Rendered:
         """Renders one sample; `rng` decides between drawing and describing, on the instruction, on leaving out text.
@@ -116,16 +140,16 @@ class Renderer:
     def draw_prompt(self, caption: str, instruction: str | None = None) -> list[int]:
         """Ids after which the model draws `caption`; the instruction is by default the first of the options'."""
         instruction = _first(self.options.draw_instructions) if instruction is None else instruction
-        return self._ids(self._drawing_text(caption + instruction))
+        return self._ids(self._layout.drawing_prompt(caption + instruction))
 
     def unconditional_prompt(self) -> list[int]:
         """Ids after which the model draws anything: the other side of classifier-free guidance."""
-        return self._ids(self._drawing_text(UNCONDITIONAL))
+        return self._ids(self._layout.drawing_prompt(UNCONDITIONAL))
 
     def describe_prompt(self, image: CodeGrid, instruction: str | None = None) -> list[int]:
         """Ids after which the model describes `image`; the instruction is by default the first of the options'."""
         instruction = _first(self.options.describe_instructions) if instruction is None else instruction
-        return self._ids(self._image_with_instruction(image, instruction))
+        return self._ids(self._layout.description_prompt(image, instruction, itertools.repeat(1)))
 
     def chat_prompt(self, messages: Sequence[Message], images: Sequence[CodeGrid] = ()) -> list[int]:
         """Ids after which the assistant answers. Images stand at their `<image>`, or first where there is none.
@@ -135,133 +159,126 @@ class Renderer:
         if not messages or messages[-1].role == "assistant":
             raise InputError("messages: the last one must be the user's, for the model to answer")
         try:
-            return self._ids(self._conversation(messages, images))
+            return self._ids(self._layout.conversation(messages, images, itertools.repeat(1), prompt=True))
         except DataError as error:
             raise InputError(str(error)) from None
 
     def encode_text(self, text: str) -> list[int]:
         """The ids that `text` has as a segment of its own: an answer, a caption, a document."""
-        return self._ids([(text, True)])
+        return self._ids([Segment(text, True)])
 
     def _lay_out(self, sample: Sample, rng: np.random.Generator) -> tuple[str, list[Segment]]:
         try:
-            if sample.caption is not None:
+            caption = self._caption_of(sample)
+            if caption is not None:
                 if len(sample.images) != 1:
                     raise DataError(f"caption: it goes with exactly one image, found {len(sample.images)}")
-                if rng.random() < self.options.t2i_ratio:
-                    return "draw", self._drawing(sample.images[0], sample.caption, rng)
-                return "describe", self._description(sample.images[0], sample.caption, rng)
+                return self._lay_out_caption(caption, sample.images[0], rng)
             if sample.messages is not None:
-                return "converse", self._conversation(sample.messages, sample.images)
+                return "converse", self._lay_out_messages(sample.messages, sample.images, rng)
             if sample.text is not None:
-                return "text", self._document(sample.text, sample.images)
+                return "text", self._layout.document(sample.text, sample.images)
         except DataError as error:
             raise DataError(f"sample {sample.id!r}, {error}") from None
         raise DataError(f"sample {sample.id!r}: one of caption, messages and text must be given")
 
-    def _drawing(self, image: CodeGrid, caption: str, rng: np.random.Generator) -> list[Segment]:
-        if rng.random() < self.options.unconditional_share:
-            text = UNCONDITIONAL
-        else:
-            text = caption + _choose(self.options.draw_instructions, rng)
-        return [*self._drawing_text(text), (self._image_ids(image), True), (self._vision_end, True), self._end]
+    def _caption_of(self, sample: Sample) -> str | None:
+        """What stands for a sample's image in words: in pretraining all that is said about it."""
+        if sample.caption is not None or self.stage == "sft" or len(sample.images) != 1 or sample.messages is None:
+            return sample.caption
+        if any(IMAGE_PLACEHOLDER in message.content for message in sample.messages if message.role == "assistant"):
+            return None  # the image is an answer, not what is spoken about
+        said = (message.content.replace(IMAGE_PLACEHOLDER, "").strip() for message in sample.messages)
+        return "\n".join(text for text in said if text)
 
-    def _drawing_text(self, text: str) -> list[Segment]:
-        return [(text, self._trains_instructions), (self._vision_start, self._trains_instructions)]
+    def _lay_out_caption(self, caption: str, image: CodeGrid, rng: np.random.Generator) -> tuple[str, list[Segment]]:
+        options = self.options
+        if rng.random() >= options.t2i_ratio:
+            instruction = _choose(options.describe_instructions, rng)
+            return "describe", self._layout.description(image, instruction, caption, _newlines(rng))
+        if rng.random() < options.unconditional_share:
+            return "draw", self._layout.drawing(UNCONDITIONAL, image)
+        return "draw", self._layout.drawing(caption + _choose(options.draw_instructions, rng), image)
 
-    def _description(self, image: CodeGrid, caption: str, rng: np.random.Generator) -> list[Segment]:
-        instruction = _choose(self.options.describe_instructions, rng)
-        return [*self._image_with_instruction(image, instruction), (caption, True), self._end]
-
-    def _image_with_instruction(self, image: CodeGrid, instruction: str) -> list[Segment]:
-        return [*self._image(image, False), (instruction, self._trains_instructions)]
-
-    def _conversation(self, messages: Sequence[Message], images: Sequence[CodeGrid]) -> list[Segment]:
-        remaining = iter(images)
-        newline: Segment = ("\n", self._trains_instructions)
-        segments: list[Segment] = []
-        if not any(IMAGE_PLACEHOLDER in message.content for message in messages):
-            segments += (segment for image in remaining for segment in self._image(image, False))
-        after_answer = False
-        for number, message in enumerate(messages):
-            if after_answer:
-                segments.append(newline)
-            answers = message.role == "assistant"
-            trained = answers or self._trains_instructions
-            segments += self._content(f"messages[{number}].content", message.content, remaining, trained, answers)
-            segments.append(self._end if answers else newline)
-            after_answer = answers
-        _check_used_up(remaining, "messages")
-        return segments
-
-    def _document(self, text: str, images: Sequence[CodeGrid]) -> list[Segment]:
-        remaining = iter(images)
-        segments = [*self._content("text", text, remaining, True, True), self._end]
-        _check_used_up(remaining, "text")
-        return segments
-
-    def _content(
-        self, field: str, content: str, images: Iterator[CodeGrid], text_trained: bool, images_trained: bool
+    def _lay_out_messages(
+        self, messages: Sequence[Message], images: Sequence[CodeGrid], rng: np.random.Generator
     ) -> list[Segment]:
-        """A text with images at their placeholders; `field` names it in errors."""
-        if IMAGE_PLACEHOLDER not in content:
-            return [(content, text_trained)]
-        first, *rest = content.split(IMAGE_PLACEHOLDER)
-        segments: list[Segment] = [(first, text_trained)]
-        for text in rest:
-            image = next(images, None)
-            if image is None:
-                raise DataError(f"{field}: more {IMAGE_PLACEHOLDER} than images")
-            segments += [*self._image(image, images_trained), (text, text_trained)]
-        return segments
-
-    def _image(self, image: CodeGrid, trained: bool) -> list[Segment]:
-        return [(self._vision_start, trained), (self._image_ids(image), trained), (self._vision_end, trained)]
-
-    def _image_ids(self, image: CodeGrid) -> np.ndarray:
-        if image.codes.max() >= self.vocabulary.image_codebook_size:
-            raise DataError(
-                f"images.codes: code {image.codes.max()} is not in the model's codebook of "
-                f"{self.vocabulary.image_codebook_size}"
-            )
-        return np.add(image.codes, self.vocabulary.image_token_offset, dtype=np.int64)
+        single_question = [message.role for message in messages] == ["user", "assistant"] and not images
+        if single_question and isinstance(self._layout, PublishedLayout):
+            return self._layout.instruction(messages[0].content, messages[1].content, _newlines(rng))
+        return self._layout.conversation(messages, images, _newlines(rng))
 
     def _ids(self, segments: list[Segment]) -> list[int]:
         return np.concatenate(_parts(segments, self._tokenize(segments))).tolist()
 
-    def _tokenize(self, segments: Iterable[Segment]) -> dict[str, np.ndarray]:
+    def _tokenize(self, segments: Iterable[Segment]) -> dict[tuple[str, bool], np.ndarray]:
         """Ids of the segments' texts. Keeps those of earlier calls, since captions and questions repeat."""
-        wanted = dict.fromkeys(content for content, _ in segments if isinstance(content, str))
+        wanted = dict.fromkeys(key for segment in segments for key in _texts_of(segment))
         if self._ids_kept > _IDS_KEPT:
             # Another thread may still read the old ones, so they are replaced, not cleared.
             self._texts, self._ids_kept = {}, 0
         texts = self._texts
-        missing = [text for text in wanted if text not in texts]
-        if missing:
+        for special in (False, True):
+            missing = [key for key in wanted if key[1] == special and key not in texts]
+            if not missing:
+                continue
             encoded = self._tokenizer(
-                missing, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+                [text for text, _ in missing],
+                add_special_tokens=False,
+                split_special_tokens=not special,
+                return_attention_mask=False,
+                verbose=False,
             )["input_ids"]
-            texts.update((text, np.array(ids, dtype=np.int64)) for text, ids in zip(missing, encoded, strict=True))
+            texts.update((key, np.array(ids, dtype=np.int64)) for key, ids in zip(missing, encoded, strict=True))
             self._ids_kept += sum(map(len, encoded))
         return texts
 
 
-def _assemble(kind: str, segments: list[Segment], texts: dict[str, np.ndarray], sample: Sample) -> Rendered:
+def separator_of(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> tuple[int, int] | None:
+    """The id of the separator that the options ask for, and behind how many codes it stands.
+
+    Raises `ConfigError` where the tokenizer does not have it as one token.
+    """
+    if options.vis_sep is None:
+        return None
+    known = tokenizer.get_vocab()
+    if options.vis_sep.token not in known:
+        raise ConfigError(f"vis_sep.token: the text tokenizer has no token {options.vis_sep.token}")
+    return known[options.vis_sep.token], options.vis_sep.every
+
+
+def _texts_of(segment: Segment) -> Iterator[tuple[str, bool]]:
+    if isinstance(segment.content, str):
+        yield segment.content, segment.special
+        if segment.after:
+            yield segment.after, segment.special
+
+
+def _assemble(
+    kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample
+) -> Rendered:
     parts = _parts(segments, texts)
     input_ids = np.concatenate(parts)
-    trained = np.array([trained for _, trained in segments]).repeat([len(part) for part in parts])
+    trained = np.array([segment.trained for segment in segments]).repeat([len(part) for part in parts])
+    for number, segment in enumerate(segments):
+        if segment.after:
+            start = sum(map(len, parts[:number]))
+            trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
     labels = np.where(trained, input_ids, IGNORED)
     image_tokens = sum(len(image.codes) for image in sample.images)
     return Rendered(input_ids, labels, kind, sample.source, image_tokens)
 
 
-def _parts(segments: list[Segment], texts: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [texts[content] if isinstance(content, str) else content for content, _ in segments]
+def _parts(segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray]) -> list[np.ndarray]:
+    return [
+        texts[segment.content, segment.special] if isinstance(segment.content, str) else segment.content
+        for segment in segments
+    ]
 
 
-def _check_used_up(images: Iterator[CodeGrid], field: str) -> None:
-    if next(images, None) is not None:
-        raise DataError(f"{field}: fewer {IMAGE_PLACEHOLDER} than images")
+def _newlines(rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield int(rng.integers(1, MOST_NEWLINES + 1))
 
 
 def _choose(instructions: Sequence[str], rng: np.random.Generator) -> str:

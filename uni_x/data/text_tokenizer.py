@@ -69,8 +69,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def settle_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Gives a pretrained tokenizer the image markers where it lacks them, and something to pad with.
+def settle_special_tokens(tokenizer: PreTrainedTokenizerBase, *others: str) -> int:
+    """Gives a pretrained tokenizer the image markers and `others` where it lacks them, and something to pad with.
 
     Returns how many tokens were added. Raises `ConfigError` for a tokenizer without an end-of-sequence token.
     """
@@ -79,5 +79,5 @@ def settle_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()
-    lacking = [marker for marker in (VISION_START, VISION_END) if marker not in known]
+    lacking = [marker for marker in (VISION_START, VISION_END, *others) if marker not in known]
     return tokenizer.add_tokens(lacking, special_tokens=True) if lacking else 0

@@ -78,14 +78,17 @@ class _Sequence:
 class Engine:
     """Runs requests through a model, up to `max_rows` rows at a time (a guided request takes two).
 
-    The model is used as it is: the caller has put it on its device, in its dtype and into eval mode.
+    The model is used as it is: the caller has put it on its device, in its dtype and into eval mode. Where it was
+    trained with one, `separator` is the id that stands behind every so many codes, and their number: it is put in
+    there, not drawn, and is no part of the completions.
     """
 
-    def __init__(self, model: UniXForCausalLM, max_rows: int = 512):
+    def __init__(self, model: UniXForCausalLM, max_rows: int = 512, separator: tuple[int, int] | None = None):
         if max_rows < 2:
             raise InputError(f"max_rows is 2 or more, not {max_rows}")
         self.model = model
         self.max_rows = max_rows
+        self.separator = separator
         self.packed = PackedWeights(model)
 
     @property
@@ -166,12 +169,12 @@ class Engine:
         ids, mask = self._pad(prompts)
         new_tokens = max(request.max_new_tokens for request in requests)
         texts, images = self._longest(prompts)
-        # the last new token is never fed back
+        separator = self.separator if image else None
+        fed = new_tokens - 1  # the last new token is never fed back
+        if separator is not None:
+            fed += fed // separator[1]
         cache = UniXCache(
-            self.model.config,
-            len(prompts),
-            texts + (0 if image else new_tokens - 1),
-            images + (new_tokens - 1 if image else 0),
+            self.model.config, len(prompts), texts + (0 if image else fed), images + (fed if image else 0)
         )
         running = _Running(sequences, guided, self.model.device)
         attention_mask: torch.Tensor | None = mask
@@ -186,6 +189,8 @@ class Engine:
                     cache.select(kept)
                     tokens = tokens[running.last_kept]
                 ids = torch.cat((tokens, tokens[running.guided]))[:, None]
+                if separator is not None and running.step % separator[1] == 0:
+                    ids = torch.cat((ids, torch.full_like(ids, separator[0])), dim=1)
                 attention_mask = None
         return [Completion(sequence.ids, sequence.finished) for sequence in sequences]
 

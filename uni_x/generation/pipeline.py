@@ -37,12 +37,12 @@ class UniXPipeline:
     def __init__(self, folder: ModelFolder, max_rows: int = 512):
         config = folder.model.config
         self.folder = folder
-        self.engine = Engine(folder.model, max_rows)
         self.renderer = Renderer(
             folder.text_tokenizer,
             Vocabulary.from_config(config),
             check_recipe(config.rendering or {}, RenderOptions, "the model's config.json, rendering"),
         )
+        self.engine = Engine(folder.model, max_rows, self.renderer.separator)
         sampling = check_recipe(config.image_sampling or {}, ImageSampling, "the model's config.json, image_sampling")
         self.image_sampling = Sampling(**sampling.model_dump())
 

@@ -94,29 +94,25 @@ def read_adapter_config(path: Path, content: dict[str, Any], resolution: int | N
     """The `config.json` at `path` as our configuration; its `content` has one of the model types known here.
 
     `resolution` takes the place of what the file says, which is `image_size` in a folder of ours, otherwise
-    `num_patches` (Janus), `resolution` (Chameleon), or nothing (Emu3: 512). Raises `ConfigError` where it
+    the grid (Janus), `resolution` (Chameleon), or nothing (Emu3: 512). Raises `ConfigError` where it
     describes no such network.
     """
-    model_type = content["model_type"]
-    whole = model_type in MODELS
-    kind = MODELS.get(model_type, model_type)
-    part = content.get("vq_config") if whole else content
-    if not isinstance(part, dict):
-        raise ConfigError(f"{path}: the section 'vq_config' is missing, which describes the image tokenizer")
     from huggingface_hub.errors import StrictDataclassError
 
-    settings = {name: part[name] for name in (*KEYS[kind], "num_patches") if name in part}
+    model_type = content["model_type"]
+    kind = MODELS.get(model_type, model_type)
+    part = content.get("vq_config") if model_type in MODELS else content
+    if not isinstance(part, dict):
+        raise ConfigError(f"{path}: the section 'vq_config' is missing, which describes the image tokenizer")
     try:
-        network = _config_class(kind)(**settings)
-        stated = {"janus_vqgan": "num_patches", "chameleon_vqgan": "resolution"}.get(kind)
-        sizes = {name: getattr(network, name) for name in KEYS[kind]}
-        sizes = json.loads(json.dumps(sizes))  # tuples as the lists that a file would hold
-        found = part.get("image_size") or (EMU3_RESOLUTION if stated is None else getattr(network, stated))
-        if stated == "num_patches" and "image_size" not in part:
-            found *= _pixels_per_code(sizes)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        known = _config_class(kind)(**{name: part[name] for name in KEYS[kind] if name in part})
+        # tuples become the lists that a file would hold
+        network = json.loads(json.dumps({name: getattr(known, name) for name in KEYS[kind]}))
+        if resolution is None:
+            resolution = part["image_size"] if "image_size" in part else _stated_resolution(kind, network, content)
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
-    tree = {"model_type": kind, "resolution": found if resolution is None else resolution, "network": sizes}
+    tree = {"model_type": kind, "resolution": resolution, "network": network}
     try:
         return check_recipe(tree, AdapterConfig, str(path))
     except RecipeError as error:
@@ -151,7 +147,7 @@ def build_adapter(config: AdapterConfig) -> "JanusVQ | Emu3VQ | ChameleonVQ":
         if config.model_type == "janus_vqgan":
             return JanusVQ(config)
         return Emu3VQ(config) if config.model_type == "emu3_vqgan" else ChameleonVQ(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"no {config.model_type} has these sizes: {_one_line(error)}") from None
 
 
@@ -271,8 +267,25 @@ def _config_class(kind: str) -> Any:
     return ChameleonVQVAEConfig
 
 
+def _stated_resolution(kind: str, network: dict[str, Any], content: dict[str, Any]) -> int:
+    """The side of pictures by a `config.json` of transformers' own."""
+    if kind == "emu3_vqgan":
+        return EMU3_RESOLUTION
+    if kind == "chameleon_vqgan":
+        return network["resolution"]
+    from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+
+    if content["model_type"] == kind:
+        patches = JanusVQVAEConfig(**{name: content[name] for name in ("num_patches",) if name in content}).num_patches
+    else:  # the whole model takes it from its vision tower
+        tower = content.get("vision_config") or {}
+        sides: Any = JanusVisionConfig(**{name: tower[name] for name in ("image_size", "patch_size") if name in tower})
+        patches = sides.image_size // sides.patch_size
+    return patches * _pixels_per_code(network)
+
+
 def _pixels_per_code(network: dict[str, Any]) -> int:
-    return 2 ** (len(network["channel_multiplier"]) - 1)
+    return 2 ** max(0, len(network["channel_multiplier"]) - 1)
 
 
 def _floats_per_picture(config: AdapterConfig) -> int:

@@ -249,8 +249,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _network_with_weights(config: Config, weights: dict[str, torch.Tensor], path: Path) -> Network:
     """Other parts of a training checkpoint (losses, averages) are left out; gaps are errors."""
-    with torch.device("meta"):  # draws no fresh weights
-        network = build_network(config)
+    try:
+        with torch.device("meta"):  # draws no fresh weights
+            network = build_network(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path.parent if path.is_file() else path}: {error}") from None
     expected = network.state_dict()
     parts = {name.partition(".")[0] for name in expected}
     weights = {name: tensor for name, tensor in weights.items() if name.partition(".")[0] in parts}

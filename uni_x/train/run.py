@@ -23,8 +23,9 @@ from transformers import (
 from uni_x.data.collate import Collator
 from uni_x.data.dataset import Source, TrainingStream, start_positions
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
-from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary
+from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary, separator_of
 from uni_x.data.shards import EncodedSamples
+from uni_x.data.templates import load_template
 from uni_x.data.text_tokenizer import (
     check_vocab_size,
     settle_special_tokens,
@@ -104,7 +105,12 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     keep_freed_memory()
     set_seed(recipe.seed)
     start = make_start(recipe)
-    renderer = Renderer(start.text_tokenizer, Vocabulary.from_config(start.model.config), recipe.data.render)
+    renderer = Renderer(
+        start.text_tokenizer,
+        Vocabulary.from_config(start.model.config),
+        recipe.data.render,
+        "pretrain" if recipe.data.packing == "pretrain" else "sft",
+    )
     _check_codes_are_of(start.image_tokenizer, recipe)
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     stream = _make_stream(recipe, arguments, renderer, checkpoint)
@@ -200,8 +206,9 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
     """
     if recipe.model.base is not None:
         folder = load_model_folder(recipe.model.base, dtype=torch.float32)
-        for name, value in _training_settings(recipe).items():
+        for name, value in _training_settings(recipe, folder.text_tokenizer).items():
             setattr(folder.model.config, name, value)
+        _mark_separator(folder.model.config, recipe, folder.text_tokenizer)
         return folder
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
@@ -210,12 +217,15 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
     return ModelFolder(model, text_tokenizer, image_tokenizer)
 
 
-def _training_settings(recipe: TrainRecipe) -> dict[str, Any]:
-    """The part of a model's configuration that says how it is trained and prompted."""
+def _training_settings(recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """The part of a model's configuration that says how it is trained and prompted; a template is kept in full."""
     losses = ("head", "text_loss_weight", "image_loss_weight", "z_loss")
+    rendering = recipe.data.render.model_dump(mode="json")
+    if recipe.data.render.template is not None and text_tokenizer is not None:
+        rendering["template"] = load_template(recipe.data.render.template, text_tokenizer)
     return {
         **{name: getattr(recipe.model, name) for name in losses},
-        "rendering": recipe.data.render.model_dump(mode="json"),
+        "rendering": rendering,
         "image_sampling": recipe.image_sampling.model_dump(mode="json"),
     }
 
@@ -314,7 +324,7 @@ def make_config(
     """
     section: ModelSection = recipe.model
     sizes = section.model_dump(exclude={"base", "rope_theta", "preset", "preset_arguments", "plan"})
-    sizes |= _training_settings(recipe)
+    sizes |= _training_settings(recipe, text_tokenizer)
     offset = recipe.text_tokenizer.vocab_size
     if text_tokenizer is not None:
         offset = len(text_tokenizer)
@@ -323,7 +333,7 @@ def make_config(
         sizes |= {"preset": section.preset, "preset_arguments": section.preset_arguments}
     else:
         sizes |= {"plan": section.plan}
-    return UniXConfig(
+    config = UniXConfig(
         **sizes,
         rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
         vocab_size=offset + image_tokenizer.codebook_size,
@@ -331,12 +341,25 @@ def make_config(
         image_codebook_size=image_tokenizer.codebook_size,
         image_grid=list(image_tokenizer.grid),
     )
+    if text_tokenizer is not None:
+        _mark_separator(config, recipe, text_tokenizer)
+    return config
+
+
+def _mark_separator(config: UniXConfig, recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets the separator between codes, where there is one, travel with the image tokens."""
+    separator = separator_of(text_tokenizer, recipe.data.render)
+    if separator is not None:
+        config.image_marker_ids = sorted({*config.image_marker_ids, separator[0]})
 
 
 def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokenizerBase:
-    section = recipe.text_tokenizer
+    section, vis_sep = recipe.text_tokenizer, recipe.data.render.vis_sep
+    others = () if vis_sep is None else (vis_sep.token,)
     if section.path is None:
-        return train_text_tokenizer(_texts(recipe, codebook_size), section.vocab_size)
+        trained = train_text_tokenizer(_texts(recipe, codebook_size), section.vocab_size)
+        settle_special_tokens(trained, *others)
+        return trained
     if not Path(section.path).is_dir():
         raise DataError(f"text_tokenizer.path: {section.path} is not a folder")
     try:
@@ -344,7 +367,7 @@ def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokeni
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"text_tokenizer.path: {section.path}: {' '.join(str(error).split())[:200]}") from None
     try:
-        added = settle_special_tokens(tokenizer)
+        added = settle_special_tokens(tokenizer, *others)
     except ConfigError as error:
         raise RunError(f"text_tokenizer.path: {section.path}: {error}") from None
     if added:

@@ -1,0 +1,443 @@
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from uni_x.data.check import check
+from uni_x.data.encode import encode
+from uni_x.data.overlap import BenchmarkTexts
+from uni_x.data.readers import open_source
+from uni_x.data.schema import Sample
+from uni_x.data.shards import parquet_schema
+from uni_x.errors import DataError, UsageError
+from uni_x.workflows.data import check_folder
+
+CODEBOOK_SIZE = 64
+
+
+@pytest.fixture
+def encoded(tmp_path, picture_folder, image_tokenizer):
+    """A folder that `encode` finished: 18 of 20 pictures in shards of eight rows."""
+    parts = open_source(str(picture_folder))
+    encode(parts, image_tokenizer, tmp_path / "encoded", source="pictures", shard_size=8)
+    return tmp_path / "encoded"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Writes rows as they are into a shard of a folder of their own."""
+
+    def write(*rows, schema=None):
+        folder = tmp_path / "stored"
+        folder.mkdir(exist_ok=True)
+        table = pa.Table.from_pylist(list(rows), schema=schema or parquet_schema(CODEBOOK_SIZE))
+        pq.write_table(table, folder / f"part-{len(list(folder.iterdir()))}.parquet")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+def image(codes=(0, 1, 2, 3), height=2, width=2):
+    return {"codes": codes, "height": height, "width": width}
+
+
+def captioned(sample_id, caption="a red heart", **more):
+    return {"id": sample_id, "images": [image()], "caption": caption, **more}
+
+
+def said(report, kind):
+    """Places and messages of a kind."""
+    found = [finding for finding in report.findings if finding.kind == kind]
+    return [(e.shard, e.row, e.id, e.message) for finding in found for e in finding.examples]
+
+
+def kinds(report):
+    return {finding.kind: finding.count for finding in report.findings}
+
+
+def test_a_sound_folder_has_no_findings(encoded, image_tokenizer):
+    report = check(encoded, codebook_size=CODEBOOK_SIZE, grid=image_tokenizer.grid)
+    assert report.ok
+    assert report.findings == ()
+    assert (report.shards, report.samples, report.images) == (3, 18, 18)
+
+
+def test_a_folder_without_a_manifest_is_checked_alike(encoded_folder, samples):
+    assert check(encoded_folder(samples), codebook_size=CODEBOOK_SIZE).ok
+
+
+def test_faults_of_rows_name_shard_row_id_and_field(stored):
+    question = {"role": "user", "content": "<image>What is it?"}
+    null, of_nobody = {"role": "assistant", "content": None}, {"role": None, "content": "A heart."}
+    folder = stored(
+        captioned("whole"),
+        captioned("empty", " "),
+        {
+            "id": "marks",
+            "images": [image((4, 4, 4, 4))],
+            "messages": [question, null],
+        },
+        {"id": "role", "images": [image((5, 5, 5, 5))], "messages": [question, of_nobody]},
+        {"id": "turns", "images": [image((6, 6, 6, 6))], "messages": [question]},
+        {"id": "places", "images": [image((7, 7, 7, 7))], "text": "no place"},
+        {"id": "none", "images": [image((8, 8, 8, 8))]},
+        {"id": None, "images": [image((9, 9, 9, 9))], "caption": "a star"},
+        {"id": "null image", "images": [None], "caption": "a star"},
+        {"id": "null message", "images": [], "messages": [None]},
+        {"id": "grid", "images": [image((1, 2, 3))], "caption": "a star"},
+        {"id": "codes", "images": [image((0, 1, 2, 64))], "caption": "a star"},
+    )
+    report = check(folder, codebook_size=CODEBOOK_SIZE)
+    assert kinds(report) == {"schema": 11}
+    name = "part-0.parquet"
+    assert said(report, "schema") == [
+        (name, 1, "empty", "caption: it is empty"),
+        (name, 2, "marks", "messages[1].content: it is null"),
+        (name, 3, "role", "messages[1].role: it is null"),
+        (name, 4, "turns", "messages: a conversation must end with the assistant's turn"),
+        (name, 5, "places", "text: 0 <image> for 1 images"),
+        (name, 6, "none", "exactly one of caption, messages and text must be given, found none"),
+        (name, 7, None, "id: it is null"),
+        (name, 8, "null image", "images[0]: it is null"),
+        (name, 9, "null message", "messages[0].role: it is null"),
+        (name, 10, "grid", "images[0].codes: 3 codes do not fill a grid of 2 x 2"),
+        (name, 11, "codes", "images[0].codes: code 64 is not in a codebook of 64"),
+    ]
+
+
+def test_codes_of_other_integer_types_are_judged_one_by_one(stored):
+    images = pa.list_(pa.struct([("codes", pa.list_(pa.int64())), ("height", pa.int64()), ("width", pa.int64()),
+                                 ("pixel_height", pa.int64()), ("pixel_width", pa.int64())]))  # fmt: skip
+    schema = pa.schema([("id", pa.int64()), ("images", images), ("caption", pa.large_string())])
+    folder = stored(
+        captioned(1),
+        {"id": 2, "images": [image((0, -1, 2, 3))], "caption": "a star"},
+        {"id": 3, "images": [image((0, None, 2, 3))], "caption": "two stars"},
+        {"id": 4, "images": [image((0, 2**40, 2, 3))], "caption": "three stars"},
+        schema=schema,
+    )
+    report = check(folder, codebook_size=CODEBOOK_SIZE)
+    assert [(row, row_id) for _, row, row_id, _ in said(report, "schema")] == [(1, "2"), (2, "3"), (3, "4")]
+    assert said(report, "schema")[0][3] == "images[0].codes: a code is null, below 0 or above 4294967295"
+    assert kinds(report) == {"schema": 3}
+
+
+def test_text_that_is_not_utf_8_is_a_fault_of_its_row(stored, tmp_path):
+    folder = stored(captioned("a", "XYZ one"), captioned("b", "two"))
+    path = folder / "part-0.parquet"
+    table = pq.read_table(path)
+    raw = pa.array([b"\xff\xfe one", b"two"], pa.binary())
+    broken = table.set_column(2, "caption", pa.Array.from_buffers(pa.string(), 2, raw.buffers()))
+    pq.write_table(broken, path)
+    report = check(folder)
+    assert said(report, "schema") == [("part-0.parquet", 0, "a", "caption: it is not valid Unicode (a lone surrogate)")]
+
+
+def test_a_code_is_held_against_the_manifests_codebook_where_none_is_given(encoded):
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    (encoded / "manifest.json").write_text(json.dumps({**manifest, "codebook_size": 2}))
+    report = check(encoded)
+    assert kinds(report)["schema"] > 0
+    assert "is not in a codebook of 2" in said(report, "schema")[0][3]
+    assert "schema" not in kinds(check(encoded, codebook_size=CODEBOOK_SIZE))
+
+
+def test_images_of_another_grid_than_the_tokenizers_are_found(stored):
+    folder = stored(captioned("a"), {"id": "b", "images": [image((1, 2), 1, 2)], "caption": "a star"})
+    assert check(folder).ok
+    report = check(folder, grid=(2, 2))
+    message = "images[0]: 1 x 2 codes, the tokenizer makes 2 x 2"
+    assert said(report, "grid") == [("part-0.parquet", 1, "b", message)]
+
+
+def test_repeated_ids_and_contents_name_where_they_were_before(stored):
+    stored(captioned("a"), captioned("b", "a star"))
+    folder = stored(captioned("c"), captioned("b", "a car"), captioned("d", "a car", source="elsewhere"))
+    report = check(folder)
+    assert kinds(report) == {"id": 1, "content": 2}
+    assert said(report, "id") == [("part-1.parquet", 1, "b", "it has the id of part-0.parquet, row 1")]
+    assert said(report, "content") == [
+        ("part-1.parquet", 0, "c", "it has the content of part-0.parquet, row 0"),
+        ("part-1.parquet", 2, "d", "it has the content of part-1.parquet, row 1"),
+    ]
+
+
+def test_the_same_text_with_other_codes_or_another_grid_is_other_content(stored):
+    caption = {"caption": "a star"}
+    folder = stored(
+        {"id": "a", "images": [image((0, 1, 2, 3))], **caption},
+        {"id": "b", "images": [image((0, 1, 3, 2))], **caption},
+        {"id": "c", "images": [image((0, 1, 2, 3), 1, 4)], **caption},
+        {"id": "d", "images": [], "text": "a star"},
+    )
+    assert check(folder).ok
+
+
+def test_rows_without_an_id_do_not_repeat_each_others(stored):
+    report = check(stored(captioned(None, "one"), captioned(None, "two")))
+    assert kinds(report) == {"schema": 2}
+
+
+def test_repeats_are_found_over_many_batches(encoded_folder, make_image):
+    texts = [Sample(f"text-{number}", text=f"document {number % 900}") for number in range(1000)]
+    report = check(encoded_folder(texts), limit=3)
+    assert kinds(report) == {"content": 100}
+    assert [found[:3] for found in said(report, "content")] == [
+        ("part-00090.parquet", 0, "text-900"),
+        ("part-00090.parquet", 1, "text-901"),
+        ("part-00090.parquet", 2, "text-902"),
+    ]
+
+
+def test_rows_of_large_row_groups_keep_their_images_and_messages(tmp_path):
+    """Batches of a row group are slices of it."""
+    rows = [
+        {
+            "id": f"{number}",
+            "images": [image((number % 64, number // 64, 0, 0))] * (number % 3),
+            "messages": [
+                {"role": "user", "content": "<image>" * (number % 3) + f"Is it {number}?"},
+                {"role": "assistant", "content": "Yes" if number != 700 else ""},
+            ],
+        }
+        for number in range(1000)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=parquet_schema(CODEBOOK_SIZE)), tmp_path / "a.parquet")
+    report = check(tmp_path, codebook_size=CODEBOOK_SIZE)
+    assert said(report, "schema") == [("a.parquet", 700, "700", "messages[1].content: it is empty")]
+    assert kinds(report) == {"schema": 1}
+    assert report.images == sum(number % 3 for number in range(1000))
+
+
+def test_a_shard_that_cannot_be_read_is_a_finding_and_the_others_are_checked(stored):
+    stored(captioned("a"))
+    stored(captioned("b", "a star"))
+    folder = stored(captioned("c", " "))
+    damaged = folder / "part-1.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    report = check(folder)
+    assert kinds(report) == {"unreadable": 1, "schema": 1}
+    shard, row, _, message = said(report, "unreadable")[0]
+    assert (shard, row) == ("part-1.parquet", None)
+    assert message.startswith("not a whole Parquet file")
+    assert said(report, "schema")[0][:3] == ("part-2.parquet", 0, "c")
+    assert report.samples == 2
+
+
+def test_a_row_group_that_is_damaged_leaves_those_before_it(tmp_path):
+    rows = [captioned(f"sample-{number}", f"heart {number}") for number in range(600)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=parquet_schema(CODEBOOK_SIZE)), path, row_group_size=300)
+    start = pq.read_metadata(path).row_group(1).column(0).dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    report = check(tmp_path)
+    assert report.samples == 300
+    assert kinds(report) == {"unreadable": 1}
+    assert said(report, "unreadable")[0][:2] == ("a.parquet", 300)
+
+
+def test_missing_and_foreign_columns_are_named(stored):
+    stored({"caption": "a star"}, schema=pa.schema([("caption", pa.string())]))
+    schema = pa.schema([("id", pa.string()), ("images", pa.list_(pa.string()))])
+    folder = stored({"id": "a", "images": ["b"]}, schema=schema)
+    messages = [message for *_, message in said(check(folder), "unreadable")]
+    assert messages[0] == "the column 'id' is missing; it has caption"
+    assert messages[1].startswith("the column 'images' cannot be read as list<")
+
+
+def test_an_unfinished_folder_is_found(encoded):
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    del manifest["counts"]
+    (encoded / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    assert kinds(check(encoded)) == {"unfinished": 1}
+
+
+def test_a_missing_shard_does_not_add_up_with_the_manifest(encoded):
+    (encoded / "part-00000-00001.parquet").unlink()
+    report = check(encoded)
+    assert kinds(report) == {"manifest": 4}
+    messages = [message for *_, message in said(report, "manifest")]
+    assert messages[:2] == [
+        "manifest.json counts 20 read, the shards 12",
+        "manifest.json counts 18 written, the shards 11",
+    ]
+
+
+def test_a_shard_that_was_put_there_or_rewritten_is_named(encoded, stored):
+    first = encoded / "part-00000-00000.parquet"
+    table = pq.read_table(first)
+    pq.write_table(table.slice(0, 3), first)
+    report = check(encoded)
+    assert said(report, "manifest")[0] == (
+        "part-00000-00000.parquet", None, None, "its footer tells of 7 samples, it holds 3",
+    )  # fmt: skip
+    foreign = stored(captioned("a"))
+    shutil.copy(foreign / "part-0.parquet", encoded / "part-z.parquet")
+    assert ("part-z.parquet", None, None, "it is none of `uni-x encode`, the folder is") in said(
+        check(encoded), "manifest"
+    )
+
+
+def test_rejects_that_are_missing_do_not_add_up(encoded):
+    (encoded / "rejects.jsonl").write_text("")
+    assert said(check(encoded), "manifest") == [(None, None, None, "rejects.jsonl has 0 lines, the shards tell of 2")]
+
+
+@pytest.mark.parametrize("content", ["[1]", "not JSON", "{}"])
+def test_a_foreign_manifest_is_a_finding(encoded, content):
+    (encoded / "manifest.json").write_text(content)
+    assert said(check(encoded), "manifest") == [(None, None, None, "manifest.json is not one of `uni-x encode`")]
+
+
+def test_only_the_first_of_many_are_kept(stored):
+    folder = stored(*(captioned(f"{number}", " " * (number + 1)) for number in range(30)))
+    (finding,) = check(folder, limit=4).findings
+    assert (finding.kind, finding.count) == ("schema", 30)
+    assert [example.row for example in finding.examples] == [0, 1, 2, 3]
+
+
+def test_nothing_to_check_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        check(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no Parquet shards in it"):
+        check(tmp_path)
+
+
+def test_prompts_of_a_benchmark_are_found_in_captions_questions_and_texts(stored, benchmark):
+    prompts = benchmark("prompts.txt", "A red heart, left of a car!\n\ntwo stars\n")
+    asked = benchmark("asked.jsonl", json.dumps({"question": "Is there a heart?", "answer": "Is it not"}) + "\n")
+    question = [{"role": "user", "content": "<image>\nIs there a HEART"}, {"role": "assistant", "content": "Yes"}]
+    folder = stored(
+        captioned("drawn", "a red heart left of  a car"),
+        captioned("inside", "I see two stars"),
+        {"id": "asked", "images": [image((4, 4, 4, 4))], "messages": question},
+        {"id": "told", "images": [], "text": "Two stars."},
+        captioned("other", "Is it not"),
+    )
+    assert check(folder).ok
+    report = check(folder, benchmarks=[prompts, asked])
+    assert kinds(report) == {"benchmark": 3}
+    assert said(report, "benchmark") == [
+        ("part-0.parquet", 0, "drawn", "caption: it is that of prompts.txt, line 1"),
+        ("part-0.parquet", 2, "asked", "messages[0].content: it is that of asked.jsonl, line 1"),
+        ("part-0.parquet", 3, "told", "text: it is that of prompts.txt, line 3"),
+    ]
+
+
+LONG = "a photo of a red heart above a car"  # nine words
+CHINESE = "一张照片，里面有一只红色的猫在桌子上面"  # eighteen characters
+
+
+@pytest.mark.parametrize(
+    ("known", "text", "inside"),
+    [
+        (LONG, f"This is {LONG}, and more.", True),
+        (LONG, f"This is {LONG.upper()}", True),
+        (LONG, f"{LONG}s", None),
+        (LONG, f"not {LONG[:-4]}", None),
+        ("one two three four five six seven", "zero one two three four five six seven", None),
+        ("one two three four five six seven eight", "zero one two three four five six seven eight", True),
+        (CHINESE, f"看：{CHINESE}。真好", True),
+        (CHINESE, CHINESE.replace("，", " "), False),
+        ("里面有一只红色的猫在桌子上面", f"看{CHINESE}", None),
+        ("ＡＢＣ　ｄｅｆ", "abc — DEF", False),
+        ("Straße", "STRASSE", False),
+        ("दिल की फोटो", "दल क फट", None),
+        ("!?", "!?", None),
+    ],
+)
+def test_texts_match_whole_and_long_ones_inside_others(benchmark, known, text, inside):
+    texts = BenchmarkTexts([benchmark("known.txt", f"{known}\nsomething else\n")])
+    match = texts.find(text)
+    assert (None if match is None else match.inside) == inside
+    assert match is None or match.where == "known.txt, line 1"
+
+
+def test_a_long_text_is_found_behind_another_with_the_same_beginning(benchmark):
+    texts = BenchmarkTexts([benchmark("known.txt", f"{LONG} in rain\n{LONG} in snow\n")])
+    assert texts.find(f"See {LONG} in snow.").where == "known.txt, line 2"
+    assert texts.find(f"See {LONG} in sun.") is None
+
+
+def test_benchmarks_are_read_from_tables(tmp_path, benchmark):
+    tsv = benchmark("mme.tsv", 'index\timage\tquestion\n0\tQUJD\t"Is it\ta ""heart""?"\n1\tQUJD\tA star?\n')
+    parquet = tmp_path / "t2i.parquet"
+    pq.write_table(
+        pa.table({"prompt": ["a blue car", None], "image": [b"\xff", b""], "caption": [None, "a sea"]}), parquet
+    )
+    jsonl = benchmark("bench.jsonl", '{"prompt": "a cat", "text": ["x"]}\n{"caption": "a dog", "text": "a cow"}\n')
+    texts = BenchmarkTexts([tsv, parquet, jsonl])
+    assert texts.find('is it a "heart"').where == "mme.tsv, row 0"
+    assert texts.find("a star").where == "mme.tsv, row 1"
+    assert texts.find("A blue car.").where == "t2i.parquet, row 0"
+    assert texts.find("a sea").where == "t2i.parquet, row 1"
+    assert texts.find("a dog").where == texts.find("a cow").where == "bench.jsonl, line 2"
+    assert texts.find("QUJD") is None
+    assert texts.find("x") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("a.csv", "prompt\na\n", UsageError, "a benchmark's file ends in one of .txt, .jsonl, .tsv, .parquet"),
+        ("a.txt", "\n\n", DataError, "no text in it; looked for lines of text"),
+        ("a.jsonl", '{"answer": "a"}\n', DataError, "no text in it; looked for prompt, question, text, caption"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', DataError, "line 2: not valid JSON"),
+        (
+            "a.tsv",
+            "index\tanswer\n0\ta\n",
+            DataError,
+            "none of the columns prompt, question, text, caption; it has",
+        ),
+        ("a.tsv", "index\tprompt\n0\ta\tb\n", DataError, "not tab-separated rows under a header"),
+        ("a.parquet", "no", DataError, "not a whole Parquet file"),
+    ],
+)
+def test_benchmarks_that_cannot_be_read_are_errors(benchmark, name, content, error, message):
+    path = benchmark(name, content)
+    with pytest.raises(error, match=f"{name}: .*") as caught:
+        BenchmarkTexts([path])
+    assert message in str(caught.value)
+
+
+def test_a_benchmark_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        BenchmarkTexts([tmp_path / "a.txt"])
+
+
+def test_the_lines_say_what_is_wrong_and_where(stored, image_tokenizer):
+    folder = stored(*(captioned(f"{number}", " " * (number + 1)) for number in range(3)))
+    checked = check_folder(folder, image_tokenizer, limit=2)
+    assert not checked.ok
+    assert list(checked.lines) == [
+        f"{folder}: 3 samples with 3 images in 1 shard",
+        "  samples that cannot be trained on: 3",
+        "    part-0.parquet, row 0 ('0'): caption: it is empty",
+        "    part-0.parquet, row 1 ('1'): caption: it is empty",
+        "    and 1 more",
+    ]
+
+
+def test_codes_of_another_tokenizer_are_told_by_the_manifest(encoded, image_tokenizer):
+    checked = check_folder(encoded, image_tokenizer)
+    assert checked.ok
+    assert checked.lines[-1] == "  nothing wrong with it"
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    (encoded / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "0" * 64}))
+    checked = check_folder(encoded, image_tokenizer)
+    assert not checked.ok
+    assert checked.lines[1].startswith("  the codes are another image tokenizer's")

@@ -1,0 +1,415 @@
+"""Goes through a folder of Parquet shards and tells what is wrong with it, sample by sample.
+
+What `EncodedSamples` refuses at its first fault is gone through to the end here, a few hundred rows at a time: a fault
+is a finding, and so is a shard that cannot be read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from uni_x.data.encode import REJECTS, read_record
+from uni_x.data.overlap import BenchmarkTexts
+from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
+from uni_x.data.shards import MANIFEST, parquet_schema, shard_paths
+from uni_x.errors import DataError
+
+KINDS = {
+    "unreadable": "shards that cannot be read",
+    "unfinished": "the folder is not finished",
+    "manifest": f"{MANIFEST} and the shards do not agree",
+    "schema": "samples that cannot be trained on",
+    "grid": "images whose grid is not the tokenizer's",
+    "id": "ids that were there before",
+    "content": "samples with the content of an earlier one",
+    "benchmark": "samples with a text of a benchmark",
+}
+_ROWS_AT_ONCE = 256
+_ANY_CODEBOOK = 2**32
+_COLUMNS = ("id", "images", "caption", "messages", "text")
+
+Turn: TypeAlias = "tuple[str | None, str | None] | None"
+"""Role and content of a message as they are stored; None is null."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One fault: the shard's name, the row in it, counted from 0, and the sample's id, where it has them."""
+
+    message: str
+    shard: str | None = None
+    row: int | None = None
+    id: str | None = None
+
+    def __str__(self) -> str:
+        row = None if self.row is None else f"row {self.row}" + (f" ({self.id!r})" if self.id is not None else "")
+        place = ", ".join(part for part in (self.shard, row) if part is not None)
+        return f"{place}: {self.message}" if place else self.message
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All faults of one kind (a key of `KINDS`): how many there are, and the first of them."""
+
+    kind: str
+    count: int
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a folder holds and what is wrong with it, one finding a kind in the order of `KINDS`."""
+
+    folder: Path
+    shards: int
+    samples: int
+    images: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+def check(
+    folder: Path,
+    *,
+    codebook_size: int | None = None,
+    grid: tuple[int, int] | None = None,
+    benchmarks: Sequence[Path] = (),
+    limit: int = 20,
+) -> CheckReport:
+    """Goes through every sample of a folder; 16 bytes a sample stay in memory.
+
+    Args:
+        folder: written by `uni-x encode`, or others with shards of the same columns.
+        codebook_size: codes are below it; None for the manifest's, or any where there is none.
+        grid: height and width of every image in codes; None for any.
+        benchmarks: files of prompts or questions that no sample may hold (see `BenchmarkTexts`).
+        limit: examples of each kind.
+
+    Raises `DataError` where there is no such folder, no shard in it, or a benchmark's file cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    paths = shard_paths(folder)
+    if not paths:
+        raise DataError(f"{folder}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+    faults = _Faults(limit)
+    manifest = _read_manifest(folder, faults)
+    samples = _Samples(faults, codebook_size or _stated_codebook(manifest), grid, BenchmarkTexts(benchmarks))
+    for path in paths:
+        samples.go_through(path)
+    samples.report_repeats()
+    if manifest is not None and manifest["finished"] and not faults.has("unreadable"):
+        _check_counts(folder, manifest, paths, faults)
+    return CheckReport(folder, len(paths), samples.count, samples.images, faults.findings())
+
+
+class _Faults:
+    """Counts faults by kind and keeps the first of each."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._counts = dict.fromkeys(KINDS, 0)
+        self._examples: dict[str, list[Example]] = {kind: [] for kind in KINDS}
+
+    def add(self, kind: str, example: Example) -> None:
+        self._counts[kind] += 1
+        if len(self._examples[kind]) < self.limit:
+            self._examples[kind].append(example)
+
+    def add_unnamed(self, kind: str, count: int) -> None:
+        self._counts[kind] += count
+
+    def has(self, kind: str) -> bool:
+        return self._counts[kind] > 0
+
+    def findings(self) -> tuple[Finding, ...]:
+        return tuple(Finding(kind, count, tuple(self._examples[kind])) for kind, count in self._counts.items() if count)
+
+
+@dataclass
+class _Samples:
+    """The samples of all shards, gone through one after the other."""
+
+    faults: _Faults
+    codebook_size: int
+    grid: tuple[int, int] | None
+    benchmarks: BenchmarkTexts
+    count: int = 0
+    images: int = 0
+    _paths: list[Path] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=list)
+    _ids: _Digests = field(default_factory=lambda: _Digests())
+    _contents: _Digests = field(default_factory=lambda: _Digests())
+
+    def go_through(self, path: Path) -> None:
+        self._paths.append(path)
+        self._starts.append(self.count)
+        try:
+            for number, row in enumerate(_read_rows(path)):
+                self._check(row, path.name, number)
+        except DataError as error:
+            self.faults.add("unreadable", Example(str(error), path.name, self.count - self._starts[-1] or None))
+
+    def report_repeats(self) -> None:
+        """Reports what is there twice, once the last shard has been gone through."""
+        for kind, word, digests in (("id", "id", self._ids), ("content", "content", self._contents)):
+            repeats = digests.repeats()
+            for position, first in repeats[: self.faults.limit].tolist():
+                before, first_row = self._place(first)
+                path, row = self._place(position)
+                message = f"it has the {word} of {before.name}, row {first_row}"
+                self.faults.add(kind, Example(message, path.name, row, _read_id(path, row)))
+            self.faults.add_unnamed(kind, max(0, len(repeats) - self.faults.limit))
+
+    def _place(self, position: int) -> tuple[Path, int]:
+        # An unreadable shard has no rows, so that the next one starts where it does; the last of them has the row.
+        shard = bisect.bisect_right(self._starts, position) - 1
+        return self._paths[shard], position - self._starts[shard]
+
+    def _check(self, row: _Row, shard: str, number: int) -> None:
+        def report(kind: str, message: str) -> None:
+            self.faults.add(kind, Example(message, shard, number, row.id))
+
+        if fault := _fault(row, self.codebook_size):
+            report("schema", fault)
+        for place, image in enumerate(row.images):
+            if self.grid is not None and image is not None and (image.height, image.width) != self.grid:
+                height, width = self.grid
+                found = f"{image.height} x {image.width} codes, the tokenizer makes {height} x {width}"
+                report("grid", f"images[{place}]: {found}")
+        for name, text in row.texts():
+            if text and (match := self.benchmarks.find(text)):
+                report("benchmark", f"{name}: it {'holds' if match.inside else 'is'} that of {match.where}")
+                break
+        # what has no id repeats none
+        self._ids.add(str(self.count).encode() if row.id is None else b"\0" + _utf8(row.id))
+        self._contents.add(row.content())
+        self.count += 1
+        self.images += len(row.images)
+
+
+class _Digests:
+    """A digest of 8 bytes for each of many values, in their order."""
+
+    def __init__(self) -> None:
+        self._digests = array("Q")
+
+    def add(self, value: bytes) -> None:
+        self._digests.frombytes(hashlib.blake2b(value, digest_size=8).digest())
+
+    def repeats(self) -> np.ndarray:
+        """Positions of values that were there before, each with the first position of its value: (repeats, 2)."""
+        digests = np.asarray(self._digests)
+        order = np.argsort(digests, kind="stable")
+        ordered = digests[order]
+        again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+        firsts = np.searchsorted(ordered, ordered[again])
+        repeats = np.stack([order[again], order[firsts]], axis=1)
+        return repeats[np.argsort(repeats[:, 0])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row as it is stored; None is null, and a code of -1 too."""
+
+    id: str | None
+    images: tuple[CodeGrid | None, ...]  # codes are int64
+    caption: str | None
+    messages: tuple[Turn, ...] | None
+    text: str | None
+
+    def texts(self) -> Iterator[tuple[str, str | None]]:
+        yield "caption", self.caption
+        yield "text", self.text
+        for number, message in enumerate(self.messages or ()):
+            if message is not None:
+                yield f"messages[{number}].content", message[1]
+
+    def content(self) -> bytes:
+        """The same for the same texts and codes."""
+        texts = json.dumps([self.caption, self.messages, self.text])
+        parts = [texts.encode()]
+        for image in self.images:
+            parts += (b"",) if image is None else (f"{image.height} {image.width}".encode(), image.codes.tobytes())
+        return b"\0".join(parts)
+
+
+def _fault(row: _Row, codebook_size: int) -> str | None:
+    """What makes a row unfit for training, with the field; None where nothing does."""
+    if row.id is None:
+        return "id: it is null"
+    for number, message in enumerate(row.messages or ()):
+        for name, value in zip(("role", "content"), message or (None, None), strict=True):
+            if value is None:
+                return f"messages[{number}].{name}: it is null"
+    for number, image in enumerate(row.images):
+        if image is None:
+            return f"images[{number}]: it is null"
+        if len(image.codes) and not 0 <= image.codes.min() <= image.codes.max() < 2**32:
+            return f"images[{number}].codes: a code is null, below 0 or above {2**32 - 1}"
+    sample = Sample(
+        row.id,
+        tuple(CodeGrid(image.codes.astype(np.uint32), image.height, image.width) for image in row.images if image),
+        row.caption,
+        None if row.messages is None else tuple(Message(*message) for message in row.messages),  # type: ignore[misc]
+        row.text,
+    )
+    try:
+        check_sample(sample, codebook_size)
+    except DataError as error:
+        return str(error).removeprefix(f"sample {row.id!r}").lstrip(",: ")
+    return None
+
+
+def _read_rows(path: Path) -> Iterator[_Row]:
+    """The rows of a shard, a few hundred in memory. Raises `DataError` with the reason where one cannot be read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in ("id", "images"):
+                if name not in names:
+                    raise DataError(f"the column {name!r} is missing; it has {', '.join(names)}")
+            columns = [name for name in _COLUMNS if name in names]
+            for group in range(file.num_row_groups):  # a batch over two would be lost to a fault in the second
+                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
+                    yield from _rows_of(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"not a whole Parquet file ({' '.join(str(error).split())})") from None
+
+
+def _read_id(path: Path, row: int) -> str | None:
+    """The id of a row that has been read before."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["id"]):
+            if row < len(batch):
+                return _texts(_column(batch.slice(row, 1), "id"))[0]
+            row -= len(batch)
+    return None
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[_Row]:
+    ids, captions, texts = (_texts(_column(batch, name)) for name in ("id", "caption", "text"))
+    images, messages = _images(_column(batch, "images")), _messages(_column(batch, "messages"))
+    return map(_Row, ids, images, captions, messages, texts)
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column in the type that training wants, but codes as int64, so that each is judged on its own."""
+    type_ = parquet_schema(_ANY_CODEBOOK).field(name).type
+    if name == "images":
+        fields = [pa.field(f.name, pa.list_(pa.int64())) if f.name == "codes" else f for f in type_.value_type]
+        type_ = pa.list_(pa.struct(fields))
+    if name not in batch.schema.names:
+        return pa.nulls(len(batch), type_)
+    try:
+        return batch.column(name).cast(type_)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"the column {name!r} cannot be read as {type_} ({error})") from None
+
+
+def _texts(column: pa.StringArray) -> list[str | None]:
+    """Bytes that are not UTF-8 become lone surrogates, which no text may hold."""
+    values = column.cast(pa.binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
+
+
+def _images(column: pa.ListArray) -> Iterator[tuple[CodeGrid | None, ...]]:
+    fields, spans = _flatten(column)
+    codes, code_spans = _flatten(fields.field("codes"))
+    values = codes.fill_null(-1).to_numpy()
+    there = pc.and_(fields.is_valid(), fields.field("codes").is_valid()).to_pylist()
+    heights, widths = (fields.field(name).fill_null(0).to_pylist() for name in ("height", "width"))
+    grids = [
+        CodeGrid(values[start:end], height, width) if given else None
+        for given, (start, end), height, width in zip(there, code_spans, heights, widths, strict=True)
+    ]
+    return (tuple(grids[start:end]) for start, end in spans)
+
+
+def _messages(column: pa.ListArray) -> Iterator[tuple[Turn, ...] | None]:
+    fields, spans = _flatten(column)
+    roles, contents = _texts(fields.field("role")), _texts(fields.field("content"))
+    turns = [
+        turn if given else None
+        for given, turn in zip(fields.is_valid().to_pylist(), zip(roles, contents, strict=True), strict=True)
+    ]
+    for given, (start, end) in zip(column.is_valid().to_pylist(), spans, strict=True):
+        yield tuple(turns[start:end]) if given else None
+
+
+def _flatten(column: pa.ListArray) -> tuple[pa.Array, list[tuple[int, int]]]:
+    """The values of a list array, which may be a slice of a longer one, and where each list begins and ends in them."""
+    offsets = column.offsets.to_pylist()
+    first = offsets[0]
+    spans = [(start - first, end - first) for start, end in itertools.pairwise(offsets)]
+    return column.values.slice(first, offsets[-1] - first), spans
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _read_manifest(folder: Path, faults: _Faults) -> dict[str, Any] | None:
+    """What `uni-x encode` noted about the folder; None where there is no note, or none that can be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        finished = manifest["finished"]
+    except (ValueError, KeyError, TypeError):
+        faults.add("manifest", Example(f"{MANIFEST} is not one of `uni-x encode`"))
+        return None
+    if not finished:
+        faults.add("unfinished", Example("run `uni-x encode` again, it will carry on"))
+    return manifest
+
+
+def _stated_codebook(manifest: dict[str, Any] | None) -> int:
+    size = (manifest or {}).get("codebook_size")
+    return size if isinstance(size, int) else _ANY_CODEBOOK
+
+
+def _check_counts(folder: Path, manifest: dict[str, Any], paths: Sequence[Path], faults: _Faults) -> None:
+    """Holds the counts of a finished folder against its shards, what their footers tell, and the rejects."""
+    counts = manifest.get("counts")
+    if not isinstance(counts, dict):
+        faults.add("manifest", Example(f"{MANIFEST} has no counts"))
+        return
+    found = dict.fromkeys(("read", "written", "rejected"), 0)
+    for path in paths:
+        rows = pq.read_metadata(path).num_rows
+        record = read_record(path)
+        if record is None:
+            faults.add("manifest", Example("it is none of `uni-x encode`, the folder is", path.name))
+            return
+        if record.summary.written != rows:
+            message = f"its footer tells of {record.summary.written:,} samples, it holds {rows:,}"
+            faults.add("manifest", Example(message, path.name))
+        found["read"] += record.read
+        found["written"] += rows
+        found["rejected"] += len(record.rejects)
+    for name, count in found.items():
+        if counts.get(name) != count:
+            faults.add("manifest", Example(f"{MANIFEST} counts {counts.get(name)} {name}, the shards {count}"))
+    rejects = folder / REJECTS
+    lines = rejects.read_bytes().count(b"\n") if rejects.is_file() else 0
+    if lines != found["rejected"]:
+        faults.add("manifest", Example(f"{REJECTS} has {lines:,} lines, the shards tell of {found['rejected']:,}"))

@@ -1,0 +1,268 @@
+"""How samples are laid out as sequences: segments of text and ready ids, each with a flag whether it is trained.
+
+Training and prompts are laid out by the same functions, so that a prompt is an exact prefix of what training renders.
+
+`HouseLayout`:
+
+- draw: `{caption}{instruction}<|vision_start|>{codes}<|vision_end|>{eos}`
+- describe: `<|vision_start|>{codes}<|vision_end|>{instruction}{caption}{eos}`
+- converse: a newline ends each turn of the user; each answer ends in eos, and a newline leads on to the next turn; or
+  as a template has it
+- text: `{text}{eos}`
+
+`PublishedLayout` is that of the published checkpoints, which differs in everything but drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message
+from uni_x.data.templates import Piece
+from uni_x.errors import DataError
+
+PUBLISHED_CAPTION = "The caption of this image is:"
+
+
+class Segment(NamedTuple):
+    """A part of a sequence.
+
+    Attributes:
+        content: a text, or ready ids.
+        trained: whether it is a target.
+        special: special tokens spelled in the text are those tokens, and not plain characters.
+        after: of a trained text the part, at its beginning, that is not trained; nor is the token behind it.
+    """
+
+    content: str | np.ndarray
+    trained: bool
+    special: bool = False
+    after: str = ""
+
+
+class Markers(NamedTuple):
+    """What stands around and between the codes of an image.
+
+    Attributes:
+        start, end, eos: one id each, as arrays.
+        offset: id of code 0.
+        codebook_size: codes are below it.
+        separator: the id that stands behind every `separator_every` codes, None where none does.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    eos: np.ndarray
+    offset: int
+    codebook_size: int
+    separator: int | None = None
+    separator_every: int = 0
+
+    def image_ids(self, image: CodeGrid) -> np.ndarray:
+        """Ids of the codes, with their separators. Raises `DataError` for codes outside the codebook."""
+        if image.codes.max() >= self.codebook_size:
+            raise DataError(
+                f"images.codes: code {image.codes.max()} is not in the model's codebook of {self.codebook_size}"
+            )
+        ids = np.add(image.codes, self.offset, dtype=np.int64)
+        if self.separator is None:
+            return ids
+        places = np.arange(self.separator_every, len(ids) + 1, self.separator_every)
+        return np.insert(ids, places, self.separator)
+
+
+class HouseLayout:
+    """The layout of this project.
+
+    Args:
+        markers: ids around images.
+        trains_instructions: whether what the user says is trained too.
+        template: renders a conversation, with a flag whether the assistant's turn is to follow.
+        eos_token: as templates spell it.
+    """
+
+    def __init__(
+        self,
+        markers: Markers,
+        trains_instructions: bool,
+        template: Callable[[Sequence[Message], bool], list[Piece]] | None = None,
+        eos_token: str = "",
+    ):
+        self.markers = markers
+        self.trains_instructions = trains_instructions
+        self._template = template
+        self._eos_token = eos_token
+
+    @property
+    def end(self) -> Segment:
+        """What ends an answer."""
+        return Segment(self.markers.eos, True)
+
+    def drawing(self, text: str, image: CodeGrid) -> list[Segment]:
+        """An image drawn from a text."""
+        ids = Segment(self.markers.image_ids(image), True)
+        return [*self.drawing_prompt(text), ids, Segment(self.markers.end, True), self.end]
+
+    def drawing_prompt(self, text: str) -> list[Segment]:
+        """A drawing up to where the image begins."""
+        return [Segment(text, self.trains_instructions), Segment(self.markers.start, self.trains_instructions)]
+
+    def description(self, image: CodeGrid, instruction: str, caption: str, newlines: Iterator[int]) -> list[Segment]:
+        """A caption for an image; `newlines` are for layouts that leave their number to chance."""
+        return [*self.description_prompt(image, instruction, newlines), Segment(caption, True), self.end]
+
+    def description_prompt(self, image: CodeGrid, instruction: str, newlines: Iterator[int]) -> list[Segment]:
+        """A description up to where the caption begins."""
+        return [*self._image(image, False), Segment(instruction, self.trains_instructions)]
+
+    def conversation(
+        self, messages: Sequence[Message], images: Sequence[CodeGrid], newlines: Iterator[int], prompt: bool = False
+    ) -> list[Segment]:
+        """A conversation, or one up to where the assistant's next turn begins. Images stand at their placeholders, or
+        first where there is none. Raises `DataError` where they do not fit the placeholders."""
+        remaining = iter(images)
+        placed = any(IMAGE_PLACEHOLDER in message.content for message in messages)
+        first = [] if placed else [segment for image in remaining for segment in self._image(image, False)]
+        turns = self._turns if self._template is None else self._templated_turns
+        segments = turns(messages, first, remaining, newlines, prompt)
+        if next(remaining, None) is not None:
+            raise DataError(f"messages: fewer {IMAGE_PLACEHOLDER} than images")
+        return segments
+
+    def document(self, text: str, images: Sequence[CodeGrid]) -> list[Segment]:
+        """A text, trained whole. Raises `DataError` where images do not fit its placeholders."""
+        remaining = iter(images)
+        segments = [*self._content("text", text, remaining, True, True), self.end]
+        if next(remaining, None) is not None:
+            raise DataError(f"text: fewer {IMAGE_PLACEHOLDER} than images")
+        return segments
+
+    def _turns(
+        self,
+        messages: Sequence[Message],
+        first: list[Segment],
+        images: Iterator[CodeGrid],
+        newlines: Iterator[int],
+        prompt: bool,
+    ) -> list[Segment]:
+        newline = Segment("\n", self.trains_instructions)
+        segments = list(first)
+        after_answer = False
+        for number, message in enumerate(messages):
+            if after_answer:
+                segments.append(newline)
+            segments += self._message(number, message, images)
+            after_answer = message.role == "assistant"
+            segments.append(self.end if after_answer else newline)
+        return segments
+
+    def _templated_turns(
+        self,
+        messages: Sequence[Message],
+        first: list[Segment],
+        images: Iterator[CodeGrid],
+        newlines: Iterator[int],
+        prompt: bool,
+    ) -> list[Segment]:
+        assert self._template is not None
+        segments: list[Segment] = []
+        unended = False  # an answer was said, and nothing has ended it yet
+        lead = ""
+        for piece in self._template(messages, prompt):
+            if isinstance(piece, int):
+                message = messages[piece]
+                if message.role == "user":
+                    segments += first
+                    first = []
+                segments += self._message(piece, Message(message.role, lead + message.content), images)
+                unended, lead = message.role == "assistant", ""
+                continue
+            if unended:
+                head, found, piece = piece.partition(self._eos_token) if self._eos_token else ("", "", piece)
+                segments.append(Segment(head + found, True, special=True) if found else self.end)
+                piece = piece if found else head + piece
+                unended = False
+            # a space in front of a word is part of the word's first token
+            lead = " " if piece.endswith(" ") else ""
+            segments.append(Segment(piece.removesuffix(" "), self.trains_instructions, special=True))
+        return [*segments, self.end] if unended else segments
+
+    def _message(self, number: int, message: Message, images: Iterator[CodeGrid]) -> list[Segment]:
+        answers = message.role == "assistant"
+        trained = answers or self.trains_instructions
+        return self._content(f"messages[{number}].content", message.content, images, trained, answers)
+
+    def _content(
+        self, field: str, content: str, images: Iterator[CodeGrid], text_trained: bool, images_trained: bool
+    ) -> list[Segment]:
+        """A text with images at their placeholders; `field` names it in errors."""
+        if IMAGE_PLACEHOLDER not in content:
+            return [Segment(content, text_trained)]
+        first, *rest = content.split(IMAGE_PLACEHOLDER)
+        segments = [Segment(first, text_trained)]
+        for text in rest:
+            image = next(images, None)
+            if image is None:
+                raise DataError(f"{field}: more {IMAGE_PLACEHOLDER} than images")
+            segments += [*self._image(image, images_trained), Segment(text, text_trained)]
+        return segments
+
+    def _image(self, image: CodeGrid, trained: bool) -> list[Segment]:
+        markers = self.markers
+        return [Segment(ids, trained) for ids in (markers.start, markers.image_ids(image), markers.end)]
+
+
+class PublishedLayout(HouseLayout):
+    """What the published checkpoints were trained on, in their pretraining or, where `sft`, in their fine-tuning.
+
+    Nothing but drawings and single questions ends in eos there, and the first token of a pretraining caption is no
+    target. Text is tokenised together where it was there.
+    """
+
+    def __init__(self, markers: Markers, trains_instructions: bool, sft: bool):
+        super().__init__(markers, trains_instructions)
+        self.sft = sft
+
+    def description(self, image: CodeGrid, instruction: str, caption: str, newlines: Iterator[int]) -> list[Segment]:
+        """In pretraining a fixed sentence leads to the caption, in fine-tuning the instruction, as a turn."""
+        if self.sft:
+            messages = (Message("user", instruction), Message("assistant", caption))
+            return self.conversation(messages, (image,), newlines)
+        after = "" if self.trains_instructions else PUBLISHED_CAPTION
+        return [*self._image(image, False), Segment(PUBLISHED_CAPTION + caption, True, after=after), self.end]
+
+    def description_prompt(self, image: CodeGrid, instruction: str, newlines: Iterator[int]) -> list[Segment]:
+        """A description up to where the caption begins."""
+        if self.sft:
+            return self.conversation((Message("user", instruction),), (image,), newlines, prompt=True)
+        return [*self._image(image, False), Segment(PUBLISHED_CAPTION, False)]
+
+    def document(self, text: str, images: Sequence[CodeGrid]) -> list[Segment]:
+        """A text; in pretraining it has no end."""
+        segments = super().document(text, images)
+        return segments if self.sft else segments[:-1]
+
+    def instruction(self, question: str, answer: str, newlines: Iterator[int]) -> list[Segment]:
+        """A question without a picture and its answer, which ends."""
+        return [
+            Segment(question, self.trains_instructions),
+            Segment("\n" * next(newlines) + answer, True),
+            self.end,
+        ]
+
+    def _turns(
+        self,
+        messages: Sequence[Message],
+        first: list[Segment],
+        images: Iterator[CodeGrid],
+        newlines: Iterator[int],
+        prompt: bool,
+    ) -> list[Segment]:
+        segments = list(first)
+        for number, message in enumerate(messages):
+            led = Message(message.role, "\n" * next(newlines) + message.content)
+            segments += self._message(number, led, images)
+        return segments

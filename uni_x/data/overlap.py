@@ -1,0 +1,182 @@
+"""Finds the prompts and questions of benchmarks among other texts.
+
+Texts are compared as words, without regard to case, width, punctuation and white space. A text of a benchmark is found
+where another is the same, and inside another where it is long enough not to stand there by chance.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uni_x.data.readers.lines import LINE_LIMIT, parse_object, read_lines
+from uni_x.data.schema import IMAGE_PLACEHOLDER
+from uni_x.errors import DataError, UsageError
+
+FIELDS = ("prompt", "question", "text", "caption")
+LONG_WORDS, LONG_CHARACTERS = 8, 16  # a Chinese or Japanese character counts as half a word
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"([{_IDEOGRAPHS}])|[^\s{_IDEOGRAPHS}]+")  # each of these characters is a word of its own
+_START = 8  # words that lead to a long text; every text that is long enough has as many
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A benchmark's text that was found: where it stands, and whether it is a part of a longer text."""
+
+    where: str
+    inside: bool
+
+
+class BenchmarkTexts:
+    """The texts of some benchmark files, in memory.
+
+    A `.txt` file has a text a line. Of the columns of `.tsv` and `.parquet` files and the fields of `.jsonl` files
+    those of `FIELDS` count.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        """Raises `DataError` for files that cannot be read or hold no such text, `UsageError` for other suffixes."""
+        self._separators = _Separators()
+        self._whole: dict[tuple[str, ...], str] = {}
+        self._long: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for path in paths:
+            self._add(path)
+
+    def find(self, text: str) -> Match | None:
+        """A text of a benchmark that is this one, or that stands whole inside it; None where there is none."""
+        words = self._words(text)
+        if where := self._whole.get(words):
+            return Match(where, inside=False)
+        if self._long:
+            for place in range(len(words) - _START + 1):
+                for found in self._long.get(words[place : place + _START], ()):
+                    if words[place : place + len(found)] == found:
+                        return Match(self._whole[found], inside=True)
+        return None
+
+    def _add(self, path: Path) -> None:
+        empty = True
+        for where, text in _read_texts(path):
+            words = self._words(text)
+            if not words:
+                continue
+            empty = False
+            if words in self._whole:
+                continue
+            self._whole[words] = f"{path.name}, {where}"
+            if _is_long(words):
+                self._long.setdefault(words[:_START], []).append(words)
+        if empty:
+            raise DataError(f"{path}: no text in it; looked for {_looked_for(path)}")
+
+    def _words(self, text: str) -> tuple[str, ...]:
+        text = unicodedata.normalize("NFKC", text.replace(IMAGE_PLACEHOLDER, " ")).casefold()
+        text = unicodedata.normalize("NFKC", text).translate(self._separators)
+        return tuple(found[0] for found in _WORD.finditer(text))
+
+
+class _Separators(dict[int, int]):
+    """For `str.translate`: punctuation, separators and control characters become spaces."""
+
+    def __missing__(self, character: int) -> int:
+        self[character] = 32 if unicodedata.category(chr(character))[0] in "PZC" else character
+        return self[character]
+
+
+def _is_long(words: tuple[str, ...]) -> bool:
+    characters = sum(_WORD.fullmatch(word)[1] is not None for word in words)  # type: ignore[index]
+    return (len(words) - characters) / LONG_WORDS + characters / LONG_CHARACTERS >= 1
+
+
+def _looked_for(path: Path) -> str:
+    return "lines of text" if path.suffix.lower() == ".txt" else ", ".join(FIELDS)
+
+
+def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """The texts of a benchmark file, each with its place in it."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: a benchmark's file ends in one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        for where, row in reader(path):
+            yield from ((where, row[name]) for name in FIELDS if isinstance(row.get(name), str))
+    except (OSError, DataError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    for number, line in read_lines(path):
+        if line is None:
+            raise DataError(f"line {number} is longer than {LINE_LIMIT // 2**20} MiB")
+        yield f"line {number}", line
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for where, line in _lines(path):
+        try:
+            yield where, {"text": line.decode("utf-8")}
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: not valid UTF-8") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for where, line in _lines(path):
+        try:
+            yield where, parse_object(line)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def _tab_separated_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    _, header = next(_lines(path), ("", b""))
+    names = [name.strip('"') for name in header.decode("utf-8", "replace").split("\t")]
+    columns = _known_columns(names)
+    try:
+        batches = csv.open_csv(
+            path,
+            csv.ReadOptions(use_threads=False, block_size=LINE_LIMIT),
+            csv.ParseOptions(delimiter="\t", newlines_in_values=True),
+            csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
+        )
+        yield from _batch_rows(batches)
+    except pa.ArrowException as error:
+        raise DataError(f"not tab-separated rows under a header ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _batch_rows(file.iter_batches(1024, columns=_known_columns(file.schema_arrow.names)))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"not a whole Parquet file ({error})") from None
+
+
+def _known_columns(names: Sequence[str]) -> list[str]:
+    columns = [name for name in FIELDS if name in names]
+    if not columns:
+        raise DataError(f"none of the columns {', '.join(FIELDS)}; it has {', '.join(names)}")
+    return columns
+
+
+def _batch_rows(batches: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield f"row {number}", row
+            number += 1
+
+
+_READERS = {".txt": _text_rows, ".jsonl": _json_rows, ".tsv": _tab_separated_rows, ".parquet": _parquet_rows}

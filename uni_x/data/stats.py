@@ -1,0 +1,396 @@
+"""What encoded folders hold once rendered: sequences, tokens and lengths, and how they will fill rows in training."""
+
+from __future__ import annotations
+
+import io
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from uni_x.data.shards import ShuffledShards
+from uni_x.errors import DataError, UsageError
+from uni_x.runs import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from uni_x.data.render import Rendered, Renderer
+    from uni_x.data.schema import Sample
+
+KINDS = ("draw", "describe", "converse", "text")
+_BARS = 60  # at most, in a histogram
+_RENDERED_AT_ONCE = 512
+_ROWS_TOGETHER = 512  # planned at once, about as many as training packs together
+_TONES = {"draw": "image", "describe": "shared", "converse": "text", "text": "faint"}
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Sequences, and their tokens: image codes, and text with all markers."""
+
+    sequences: int = 0
+    text_tokens: int = 0
+    image_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of both modalities."""
+        return self.text_tokens + self.image_tokens
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
+            self.sequences + other.sequences,
+            self.text_tokens + other.text_tokens,
+            self.image_tokens + other.image_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class FolderShare:
+    """A folder's part in the mixture: `weight` is its share of the sequences, `token_share` of the tokens."""
+
+    path: Path
+    counts: TokenCounts
+    weight: float
+    token_share: float
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of sequences in tokens; 95% of them are no longer than `p95`."""
+
+    shortest: int
+    median: float
+    mean: float
+    p95: float
+    longest: int
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many sequences of each kind have which length.
+
+    Bar n counts lengths from `n * width` to below `(n + 1) * width`, and the last one all that are longer too.
+    """
+
+    width: int
+    counts: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Sequences that are longer than a row, and their tokens: texts that are cut into several, others left out."""
+
+    split: int
+    split_tokens: int
+    dropped: int
+    dropped_tokens: int
+
+
+@dataclass(frozen=True)
+class PackingForecast:
+    """How as many sequences as were rendered, mixed by weight, fill rows of `max_length` tokens."""
+
+    max_length: int
+    rows: int
+    documents: int
+    tokens: int
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows that holds tokens, between 0 and 1; 1 where there are no rows."""
+        return self.tokens / (self.rows * self.max_length) if self.rows else 1.0
+
+    @property
+    def documents_per_row(self) -> float:
+        """The mean; 0 where there are no rows."""
+        return self.documents / self.rows if self.rows else 0.0
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """What was counted. Everything but `folders` and `packing` is about the samples as they are there, unweighted.
+
+    Attributes:
+        counts: by the samples' source and the kind of sequence they became.
+        folders: in the order in which they were given.
+        lengths: of the sequences, uncut.
+        histogram: of the same lengths.
+        too_long: of them, those longer than a row.
+        packing: the forecast for the mixture.
+    """
+
+    max_length: int
+    counts: Mapping[tuple[str, str], TokenCounts]
+    folders: tuple[FolderShare, ...]
+    lengths: Lengths
+    histogram: Histogram
+    too_long: TooLong
+    packing: PackingForecast
+
+    @property
+    def total(self) -> TokenCounts:
+        """All together."""
+        return sum(self.counts.values(), start=TokenCounts())
+
+    @property
+    def by_source(self) -> dict[str, TokenCounts]:
+        """By the samples' source, most tokens first."""
+        sums: defaultdict[str, TokenCounts] = defaultdict(TokenCounts)
+        for (source, _), counts in self.counts.items():
+            sums[source] += counts
+        return dict(sorted(sums.items(), key=lambda item: (-item[1].tokens, item[0])))
+
+    @property
+    def by_kind(self) -> dict[str, TokenCounts]:
+        """By kind, in the order of `KINDS`."""
+        sums: defaultdict[str, TokenCounts] = defaultdict(TokenCounts)
+        for (_, kind), counts in self.counts.items():
+            sums[kind] += counts
+        return {kind: sums[kind] for kind in KINDS if kind in sums}
+
+
+def statistics(
+    folders: Sequence[tuple[Path, float]],
+    renderer: Renderer,
+    max_length: int,
+    seed: int = 0,
+    limit: int | None = None,
+    *,
+    fractions: Sequence[float] | None = None,
+    join: bool = True,
+    split: bool = True,
+) -> DataStatistics:
+    """Renders every sample of the folders once and counts; 6 bytes a sample stay in memory.
+
+    Args:
+        folders: folders of shards with their weights, which are shares of the sequences in training.
+        renderer: renders the samples.
+        max_length: tokens in a row.
+        seed: decides on order and on what the renderer leaves to chance.
+        limit: at most so many samples of each folder, drawn at random.
+        fractions: how much of each folder is used; all of it where they are left out.
+        join: whether rows hold several sequences.
+        split: whether texts that are longer than a row are cut into several; otherwise they are left out.
+
+    Raises `DataError` for folders that cannot be read, are not finished or hold no samples, for weights of which none
+    is above 0, and for samples that cannot be rendered.
+    """
+    weights = np.array([weight for _, weight in folders], dtype=np.float64)
+    if not len(weights) or (weights < 0).any() or not weights.any():
+        raise DataError("statistics need at least one folder, with weights of 0 or more and one above 0")
+    shares = weights / weights.sum()
+    rng = np.random.default_rng(seed)
+    counted = [
+        _count(path, renderer, rng, (seed, number), 1.0 if fractions is None else fractions[number], limit)
+        for number, (path, _) in enumerate(folders)
+    ]
+    lengths = np.concatenate([folder.lengths for folder in counted])
+    kinds = np.concatenate([folder.kinds for folder in counted])
+    is_text = np.concatenate([folder.is_text for folder in counted])
+    return DataStatistics(
+        max_length,
+        _merge([folder.counts for folder in counted]),
+        _folder_shares(folders, counted, shares),
+        _describe(lengths),
+        _histogram(lengths, kinds, max_length),
+        _too_long(lengths, is_text & split, max_length),
+        _forecast(*_mix(counted, shares, len(lengths), rng), max_length, join, split),
+    )
+
+
+def save_histogram(statistics: DataStatistics, path: Path) -> None:
+    """Draws the lengths, stacked by kind, with a line at `max_length`, as SVG or PNG by the path's suffix.
+
+    Raises `UsageError` for another suffix, `RunError` where the file cannot be written.
+    """
+    from uni_x.analysis.plots import _COLOURS, PALETTE, figure_to_svg
+
+    suffix = path.suffix.lower()
+    if suffix == ".svg":
+        lengths = statistics.lengths
+        label = f"Lengths of {statistics.total.sequences:,} sequences, from {lengths.shortest} to {lengths.longest}"
+        write_atomically(path, figure_to_svg(_draw(statistics, _COLOURS), label, "lengths"))
+    elif suffix == ".png":
+        light = PALETTE[: PALETTE.index("@media")]
+        stream = io.BytesIO()
+        colours = dict(re.findall(r"--ux-(\w+): (#\w+)", light))
+        _draw(statistics, colours).savefig(stream, format="png", dpi=160, facecolor=colours["paper"])
+        write_atomically(path, stream.getvalue())
+    else:
+        raise UsageError(f"{path}: a picture's name ends in .svg or .png")
+
+
+@dataclass
+class _Folder:
+    """What is kept of a folder's sequences: for each its length, its kind and whether it is text and nothing else."""
+
+    lengths: np.ndarray  # (sequences,) uint32
+    kinds: np.ndarray  # (sequences,) uint8, places in KINDS
+    is_text: np.ndarray  # (sequences,) bool
+    counts: dict[tuple[str, str], TokenCounts] = field(default_factory=dict)
+
+
+def _count(
+    path: Path, renderer: Renderer, rng: np.random.Generator, seed: tuple[int, int], fraction: float, limit: int | None
+) -> _Folder:
+    lengths, kinds, is_text = array("I"), array("B"), array("B")
+    sums: defaultdict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3, dtype=np.int64))
+    for samples in _batches(path, renderer.vocabulary.image_codebook_size, seed, fraction, limit):
+        for sequence in renderer.render_all(samples, rng):
+            length = len(sequence.input_ids)
+            lengths.append(length)
+            kinds.append(KINDS.index(sequence.kind))
+            is_text.append(_is_text(sequence))
+            sums[sequence.source, sequence.kind] += (1, length - sequence.image_tokens, sequence.image_tokens)
+    counts = {key: TokenCounts(*values.tolist()) for key, values in sums.items()}
+    return _Folder(np.asarray(lengths), np.asarray(kinds), np.asarray(is_text).astype(bool), counts)
+
+
+def _batches(
+    path: Path, codebook_size: int, seed: tuple[int, int], fraction: float, limit: int | None
+) -> Iterator[list[Sample]]:
+    shards = ShuffledShards(path, codebook_size, seed, fraction)
+    count = len(shards) if limit is None else min(limit, len(shards))
+    for start in range(0, count, _RENDERED_AT_ONCE):
+        yield [shards.sample(position) for position in range(start, min(start + _RENDERED_AT_ONCE, count))]
+
+
+def _is_text(sequence: Rendered) -> bool:
+    """Whether it can be cut into several."""
+    return sequence.kind == "text" and not sequence.image_tokens
+
+
+def _merge(counts: Sequence[Mapping[tuple[str, str], TokenCounts]]) -> dict[tuple[str, str], TokenCounts]:
+    sums: defaultdict[tuple[str, str], TokenCounts] = defaultdict(TokenCounts)
+    for folder in counts:
+        for key, value in folder.items():
+            sums[key] += value
+    return dict(sorted(sums.items()))
+
+
+def _folder_shares(
+    folders: Sequence[tuple[Path, float]], counted: Sequence[_Folder], shares: np.ndarray
+) -> tuple[FolderShare, ...]:
+    totals = [sum(folder.counts.values(), start=TokenCounts()) for folder in counted]
+    tokens = shares * [total.tokens / total.sequences for total in totals]
+    return tuple(
+        FolderShare(path, total, share, part)
+        for (path, _), total, share, part in zip(
+            folders, totals, shares.tolist(), (tokens / tokens.sum()).tolist(), strict=True
+        )
+    )
+
+
+def _describe(lengths: np.ndarray) -> Lengths:
+    median, p95 = np.percentile(lengths, (50, 95)).tolist()
+    return Lengths(int(lengths.min()), median, float(lengths.mean()), p95, int(lengths.max()))
+
+
+def _histogram(lengths: np.ndarray, kinds: np.ndarray, max_length: int) -> Histogram:
+    reach = min(int(lengths.max()), 2 * max_length)
+    width = reach // _BARS + 1
+    bars = np.minimum(lengths, reach) // width
+    return Histogram(
+        width,
+        {
+            kind: tuple(np.bincount(bars[kinds == number], minlength=reach // width + 1).tolist())
+            for number, kind in enumerate(KINDS)
+            if (kinds == number).any()
+        },
+    )
+
+
+def _too_long(lengths: np.ndarray, is_cut: np.ndarray, max_length: int) -> TooLong:
+    longer = lengths > max_length
+    cut, left_out = lengths[longer & is_cut], lengths[longer & ~is_cut]
+    return TooLong(len(cut), int(cut.sum()), len(left_out), int(left_out.sum()))
+
+
+def _mix(
+    counted: Sequence[_Folder], shares: np.ndarray, total: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of `total` sequences in the proportions of training, and which are text alone.
+
+    A folder that has fewer than its share is repeated.
+    """
+    bounds = np.rint(np.concatenate(([0.0], np.cumsum(shares))) * total).astype(np.int64)
+    # the sequences of a folder come in random order, so that the first ones stand for all
+    taken = [np.arange(count) % len(folder.lengths) for folder, count in zip(counted, np.diff(bounds), strict=True)]
+    lengths = np.concatenate([folder.lengths[places] for folder, places in zip(counted, taken, strict=True)])
+    is_text = np.concatenate([folder.is_text[places] for folder, places in zip(counted, taken, strict=True)])
+    order = rng.permutation(len(lengths))
+    return lengths[order], is_text[order]
+
+
+def _forecast(lengths: np.ndarray, is_text: np.ndarray, max_length: int, join: bool, split: bool) -> PackingForecast:
+    from uni_x.data.packing import plan_rows
+
+    pieces: list[int] = []
+    for length, can_be_cut in zip(lengths.tolist(), (is_text & split).tolist(), strict=True):
+        whole, rest = divmod(length, max_length)
+        if length <= max_length:
+            pieces.append(length)
+        elif can_be_cut:
+            pieces += [max_length] * whole + [rest] * (rest > 0)
+    tokens = sum(pieces)
+    if not join or not pieces:
+        return PackingForecast(max_length, len(pieces), len(pieces), tokens)
+    together = max(1, _ROWS_TOGETHER * max_length * len(pieces) // tokens)
+    rows = sum(
+        len(plan_rows(pieces[start : start + together], max_length)) for start in range(0, len(pieces), together)
+    )
+    return PackingForecast(max_length, rows, len(pieces), tokens)
+
+
+def _draw(statistics: DataStatistics, colours: Mapping[str, str]) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    histogram, max_length = statistics.histogram, statistics.max_length
+    figure = Figure(figsize=(6.4, 3.4))
+    axes = figure.add_axes((0.1, 0.15, 0.87, 0.72))
+    bars = len(next(iter(histogram.counts.values())))
+    places = np.arange(bars) * histogram.width
+    below = np.zeros(bars)
+    for kind, counts in histogram.counts.items():
+        axes.bar(
+            places, counts, histogram.width, below, align="edge", color=colours[_TONES[kind]], linewidth=0, label=kind
+        )
+        below += counts
+    right = max(bars * histogram.width, max_length) * 1.04
+    axes.axvline(max_length, color=colours["ink"], linewidth=1.2, linestyle=(0, (4, 3)))
+    side = -1 if max_length > right / 2 else 1  # of the line, on which there is room for its name
+    axes.annotate(
+        f"max_length {max_length:,}",
+        (max_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4 * side, -9),
+        textcoords="offset points",
+        ha="left" if side > 0 else "right",
+        color=colours["ink"],
+        size=9,
+    )
+    axes.set_xlim(0, right)
+    axes.set_ylim(0, below.max() * 1.12)
+    axes.set_xlabel("tokens in a sequence", color=colours["faint"], size=9, labelpad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(axis="y", color=colours["line"], linewidth=0.8)
+    axes.tick_params(length=0, labelsize=9, labelcolor=colours["faint"], pad=5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(colours["line"])
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(KINDS), frameon=False, fontsize=9,
+        labelcolor=colours["faint"], handlelength=1, handleheight=1, borderpad=0,
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,199 @@
+"""`uni-x data check` and `uni-x data stats`: what encoded folders hold, in lines of plain English."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from uni_x.data.check import KINDS, CheckReport, check
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
+from uni_x.data.stats import DataStatistics, TokenCounts, save_histogram, statistics
+from uni_x.errors import DataError, UsageError
+from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from uni_x.data.render import Renderer
+    from uni_x.images import ImageTokenizer
+
+OTHER_TOKENIZER = "the codes are another image tokenizer's"
+_PICTURES = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_folder` has to say, and whether it found nothing."""
+
+    lines: tuple[str, ...]
+    ok: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that statistics follow from."""
+
+    data: DataSection
+    renderer: Renderer
+    seed: int = 0
+
+
+def check_folder(
+    folder: Path, image_tokenizer: ImageTokenizer | None = None, benchmarks: Sequence[Path] = (), limit: int = 20
+) -> Checked:
+    """Checks a folder of shards, and its codes against an image tokenizer where one is given.
+
+    Raises `UniXError` where there is nothing to check, or a benchmark's file cannot be read.
+    """
+    tokenizer = image_tokenizer
+    report = check(
+        folder,
+        codebook_size=None if tokenizer is None else tokenizer.codebook_size,
+        grid=None if tokenizer is None else tokenizer.grid,
+        benchmarks=benchmarks,
+        limit=limit,
+    )
+    other = tokenizer is not None and read_fingerprint(folder) not in (None, tokenizer_fingerprint(tokenizer))
+    return Checked(tuple(_describe_report(report, other)), report.ok and not other)
+
+
+def _describe_report(report: CheckReport, other_tokenizer: bool) -> Iterator[str]:
+    held = f"{_count(report.samples, 'sample')} with {_count(report.images, 'image')}"
+    yield f"{report.folder}: {held} in {_count(report.shards, 'shard')}"
+    if other_tokenizer:
+        yield f"  {OTHER_TOKENIZER}; encode with this one, or check against that one"
+    for finding in report.findings:
+        yield f"  {KINDS[finding.kind]}: {finding.count:,}"
+        yield from (f"    {example}" for example in finding.examples)
+        if finding.count > len(finding.examples):
+            yield f"    and {finding.count - len(finding.examples):,} more"
+    if report.ok and not other_tokenizer:
+        yield "  nothing wrong with it"
+
+
+def describe_data(
+    path: Path,
+    model: Path | None = None,
+    max_length: int | None = None,
+    picture: Path | None = None,
+    limit: int | None = None,
+) -> Iterator[str]:
+    """Lines that tell what the sources of a recipe, or a folder of shards, hold as sequences.
+
+    Args:
+        path: of a training recipe (.yaml), or of a folder.
+        model: the model folder whose tokenizer and rendering count, for a folder.
+        max_length: tokens in a row; None for the recipe's, or the default of recipes.
+        picture: an SVG or PNG file to draw the lengths into.
+        limit: at most so many samples of each source.
+
+    Raises `UniXError` for what cannot be read, and where `model` is missing or not wanted.
+    """
+    if picture is not None and picture.suffix.lower() not in _PICTURES:
+        raise UsageError(f"{picture}: a picture's name ends in {' or '.join(_PICTURES)}")
+    plan = _plan(path, model)
+    data = plan.data
+    found = statistics(
+        [(Path(source.path), source.weight) for source in data.sources],
+        plan.renderer,
+        max_length or data.max_length,
+        plan.seed,
+        limit,
+        fractions=[source.fraction for source in data.sources],
+        join=data.packing != "none",
+        split=data.long_texts == "split",
+    )
+    yield from _describe(found)
+    if picture is not None:
+        save_histogram(found, picture)
+        yield f"picture: {picture}"
+
+
+def _plan(path: Path, model: Path | None) -> _Plan:
+    if path.suffix in (".yaml", ".yml"):
+        if model is not None:
+            raise UsageError("--model: a recipe names its own tokenizers; leave it out")
+        recipe = load_recipe(path, TrainRecipe)
+        return _Plan(recipe.data, _recipe_renderer(recipe), recipe.seed)
+    if model is None:
+        raise UsageError(f"--model is missing: whose tokenizer and rendering shall {path} be counted with?")
+    return _Plan(DataSection(sources=[SourceSection(path=str(path))]), _model_renderer(model))
+
+
+def _model_renderer(model: Path, recipe: TrainRecipe | None = None) -> Renderer:
+    """The renderer of a model folder, of which neither weights nor image tokenizer are read, or of a recipe with it."""
+    from transformers import AutoTokenizer
+
+    from uni_x.data.render import Renderer, Vocabulary
+    from uni_x.model_folder import read_model_config
+
+    config = read_model_config(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{model}: the text tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if recipe is not None:
+        return Renderer(tokenizer, Vocabulary.from_config(config), recipe.data.render, _stage(recipe))
+    options = check_recipe(config.rendering or {}, RenderOptions, f"{model / 'config.json'}, rendering")
+    return Renderer(tokenizer, Vocabulary.from_config(config), options)
+
+
+def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
+    """The renderer that training would have; only a text tokenizer is trained for it, where the recipe says so."""
+    if recipe.model.base is not None:
+        return _model_renderer(Path(recipe.model.base), recipe)
+    from uni_x.data.render import Renderer, Vocabulary
+    from uni_x.images import load_image_tokenizer
+    from uni_x.train.run import _text_tokenizer, make_config
+
+    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
+    text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
+    config = make_config(recipe, image_tokenizer, text_tokenizer)
+    return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, _stage(recipe))
+
+
+def _stage(recipe: TrainRecipe) -> Literal["pretrain", "sft"]:
+    return "pretrain" if recipe.data.packing == "pretrain" else "sft"
+
+
+def _describe(found: DataStatistics) -> Iterator[str]:
+    total, lengths, too_long, packing = found.total, found.lengths, found.too_long, found.packing
+    yield from _table("source", {name or "(none)": counts for name, counts in found.by_source.items()}, total)
+    yield ""
+    yield from _table("kind", found.by_kind, total)
+    if len(found.folders) > 1:
+        yield ""
+        yield "in training, by the weights of the recipe"
+        for folder in found.folders:
+            yield f"  {folder.path}: {folder.weight:.1%} of the sequences, {folder.token_share:.1%} of the tokens"
+    yield ""
+    yield (
+        f"lengths: {lengths.shortest:,} to {lengths.longest:,} tokens, median {lengths.median:,.0f}, mean "
+        f"{lengths.mean:,.0f}; 95% are no longer than {lengths.p95:,.0f}"
+    )
+    longer = too_long.split + too_long.dropped
+    if not longer:
+        yield f"longer than a row of {found.max_length:,}: none"
+    else:
+        yield f"longer than a row of {found.max_length:,}: {longer:,}"
+        yield f"  cut into several: {_count(too_long.split, 'text')} of {_count(too_long.split_tokens, 'token')}"
+        yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
+    yield (
+        f"packing: {_count(packing.documents, 'document')} in {_count(packing.rows, 'row')} of {packing.max_length:,}, "
+        f"{packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
+    )
+
+
+def _table(name: str, rows: Mapping[str, TokenCounts], total: TokenCounts) -> Iterator[str]:
+    """Sequences and tokens, a row for each group and one for all of them."""
+    rows = {**rows, "all": total}
+    width = max(len(name), *map(len, rows))
+    yield f"{name:<{width}}{'sequences':>14}{'text tokens':>16}{'image tokens':>16}{'of all':>9}"
+    for group, counts in rows.items():
+        share = counts.tokens / total.tokens
+        numbers = f"{counts.sequences:>14,}{counts.text_tokens:>16,}{counts.image_tokens:>16,}"
+        yield f"{group:<{width}}{numbers}{share:>9.1%}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
