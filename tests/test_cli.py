@@ -132,12 +132,14 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert code == 0, err
     assert "uni-x(first=1, last=1): 4 layers, hidden size 32" in out
 
-    # an architecture that no preset knows, from the recipe alone
+    # an architecture that no preset knows, and sequences of another kind, from the recipe alone
     plan = (
         "[{layers: 0, qkv: separate, sees: own}, {layers: 2-3, ffn: separate, image_ffn_size: 24, shared_ffn_size: 8}]"
     )
     other, drawing, picture = tmp_path / "other", tmp_path / "other.png", tmp_path / "plan.svg"
-    code, _, err = uni_x(*train[:2], f"run={other}", *train[3:], f"model.plan={plan}")
+    other_data = ["data.packing=none", "trainer.per_device_train_batch_size=4"]
+    other_data += ["data.render={vis_sep: {every: 4}, template: chatml}"]
+    code, _, err = uni_x(*train[:2], f"run={other}", *train[3:], f"model.plan={plan}", *other_data)
     assert code == 0, err
     code, out, err = uni_x("info", other / "model", "--memory", "--picture", picture)
     assert code == 0, err
@@ -146,6 +148,10 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert picture.read_text().startswith("<svg")
     code, _, err = uni_x("generate", other / "model", "a red disc", "--out", drawing, "--device", "cpu")
     assert code == 0, err
+    assert Image.open(drawing).size == (32, 32)
+    other_config = AutoModelForCausalLM.from_pretrained(other / "model").config
+    assert len(other_config.image_marker_ids) == 2
+    assert "<|im_start|>" in other_config.rendering["template"]
 
     code, _, err = uni_x(*train, "model.hidden_size=64")
     assert code == 1

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Image tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key=value or section.key=value.")]
 Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
@@ -114,6 +116,50 @@ def encode(
     typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
     if summary.rejected:
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
+
+
+@data_app.command("translate")
+def data_translate(
+    source: Annotated[Path, typer.Argument(help="A .jsonl, .parquet or .tsv file, or a .txt with one prompt a line.")],
+    out: Annotated[Path, typer.Option(help="File to write, of the same kind.")],
+    to: Annotated[str, typer.Option(help="Language to translate into.")],
+    model: Annotated[str, typer.Option(help="Name of the model, as the server knows it.")],
+    column: Annotated[list[str] | None, typer.Option(help="Column to translate; may be given again.")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Language of the source. [default: told by the model]")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible address. [default: $OPENAI_BASE_URL, or OpenAI]")
+    ] = None,
+    key_variable: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests a minute.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Counts what would be sent, and sends nothing.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="With --dry-run: folder of a tokenizer to count with.")] = None,
+) -> None:
+    """Translates text columns of a file through an OpenAI-compatible endpoint, and goes on where it stopped."""
+    from uni_x.data.translate import TranslateOptions
+    from uni_x.workflows.translation import plan_translation, translate_file
+
+    options = TranslateOptions(
+        model=model,
+        to=to,
+        columns=tuple(column or ()),
+        source_language=from_,
+        base_url=base_url,
+        key_variable=key_variable,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+    )
+    if tokenizer is not None and not dry_run:
+        raise UsageError("--tokenizer counts for --dry-run alone; leave it out, or add --dry-run")
+    if dry_run:
+        lines = plan_translation(source, options, tokenizer)
+    else:
+        with _progress() as progress:
+            lines = translate_file(source, out, options, partial(progress, "translate"))
+    for line in lines:
+        typer.echo(line)
 
 
 @tokenizer_app.command("train")

@@ -256,7 +256,7 @@ def test_in_pretraining_questions_are_captions_too(text_tokenizer, vocabulary, m
     asked = Sample("x", (make_image(7),), messages=(Message("user", "<image>Red?"), Message("assistant", "No")))
     drawn = Sample("y", (make_image(7),), messages=(Message("user", "Draw."), Message("assistant", "<image>")))
     pretrain, sft = (Renderer(text_tokenizer, vocabulary, options, stage) for stage in ("pretrain", "sft"))
-    assert read(pretrain.render(asked, rng()).input_ids) == "Red?\n No<s>[7][8][9][10]<e><eos>"
+    assert read(pretrain.render(asked, rng()).input_ids) == "Red?\nNo<s>[7][8][9][10]<e><eos>"
     assert read(sft.render(asked, rng()).input_ids) == "<s>[7][8][9][10]<e>Red?\n No<eos>"
     for renderer in (pretrain, sft):
         assert renderer.render(drawn, rng()).kind == "converse"

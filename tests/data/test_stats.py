@@ -118,7 +118,7 @@ def test_the_forecast_is_that_of_the_packing(texts, make_renderer):
     found = statistics([(texts(lengths), 1.0)], make_renderer(), 100).packing
     rows = plan_rows(lengths, 100)
     assert (found.documents, found.tokens) == (200, sum(lengths))
-    assert len(rows) <= found.rows <= len(rows) + 2
+    assert abs(found.rows - len(rows)) <= 2  # the order is another
     assert found.fill == sum(lengths) / (found.rows * 100)
     assert found.documents_per_row == 200 / found.rows
 
@@ -210,7 +210,7 @@ def test_the_line_stands_at_max_length_and_bars_where_the_lengths_are(texts, mak
     pixels = np.asarray(Image.open(tmp_path / "lengths.png").convert("RGB")).astype(int)
     bars = np.flatnonzero((np.abs(pixels - (0x6A, 0x6C, 0x70)).sum(axis=2) < 3).sum(axis=0) > 100)
     line = np.flatnonzero((np.abs(pixels - (0x23, 0x26, 0x2B)).sum(axis=2) < 90).sum(axis=0) > 100)
-    left, width = 0.1 * pixels.shape[1], 0.87 * pixels.shape[1]
+    left, width = 0.13 * pixels.shape[1], 0.84 * pixels.shape[1]
     of_axes = [(place - left) / width * 80 * 1.04 for place in (bars.min(), bars.max(), line.mean())]
     assert of_axes == pytest.approx([20, 21, 80], abs=0.5)
 

@@ -355,7 +355,8 @@ def _draw(statistics: DataStatistics, colours: Mapping[str, str]) -> Figure:
 
     histogram, max_length = statistics.histogram, statistics.max_length
     figure = Figure(figsize=(6.4, 3.4))
-    axes = figure.add_axes((0.1, 0.15, 0.87, 0.72))
+    axes = figure.add_axes((0.13, 0.15, 0.84, 0.74))
+    axes.patch.set_visible(False)
     bars = len(next(iter(histogram.counts.values())))
     places = np.arange(bars) * histogram.width
     below = np.zeros(bars)
@@ -379,7 +380,9 @@ def _draw(statistics: DataStatistics, colours: Mapping[str, str]) -> Figure:
     )
     axes.set_xlim(0, right)
     axes.set_ylim(0, below.max() * 1.12)
-    axes.set_xlabel("tokens in a sequence", color=colours["faint"], size=9, labelpad=4)
+    beyond = ", and longer ones in the last bar" * (statistics.lengths.longest >= bars * histogram.width)
+    axes.set_xlabel(f"tokens in a sequence{beyond}", color=colours["faint"], size=9, labelpad=4)
+    axes.set_ylabel("sequences", color=colours["faint"], size=9, labelpad=4)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axis in (axes.xaxis, axes.yaxis):
