@@ -100,7 +100,8 @@ def encode(
         )
     tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_device(device))
     filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
-    with _progress(quiet=launched_share().rank > 0) as progress:
+    share = launched_share()
+    with _progress(quiet=share.rank > 0) as progress:
         report = partial(progress, "encode")
         if source == SCENES:
             recipe = load_quickstart_recipe()
@@ -109,10 +110,10 @@ def encode(
             summary = encode_source(
                 source, tokenizer, out, limit, report, filters=filters, split=split, streaming=streaming
             )
+    if not summary.finished or (summary.already_done and share.rank > 0):
+        return  # another process finds the folder whole, and says so
     if summary.already_done:
         typer.echo(f"This folder is finished already. Delete {out} to encode again.")
-    if not summary.finished:
-        return  # another process finds the folder whole, and says so
     typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
     if summary.rejected:
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
