@@ -119,6 +119,44 @@ def encode(
         typer.echo(f"Why: {out / 'rejects.jsonl'}")
 
 
+@data_app.command("check")
+def data_check(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `uni-x encode` wrote, or others of such shards.")],
+    image_tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the image tokenizer whose codes these shall be, or scenes.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of prompts or questions (.txt, .jsonl, .tsv, .parquet) that must not be in the data."),
+    ] = None,
+) -> None:
+    """Goes through every sample and lists what is wrong; exit code 1 where something is."""
+    from uni_x.workflows.data import check_folder
+
+    checks = [check_folder(folder, image_tokenizer, benchmark or []) for folder in folders]
+    for line in (line for checked in checks for line in checked.lines):
+        typer.echo(line)
+    if not all(checked.ok for checked in checks):
+        raise typer.Exit(1)
+
+
+@data_app.command("stats")
+def data_stats(
+    path: Annotated[Path, typer.Argument(help="A training recipe, or a folder of shards.")],
+    model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer and rendering count.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or 1024]")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw the lengths into.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each source.")] = None,
+) -> None:
+    """Counts samples and tokens, and forecasts how they fill rows in training."""
+    from uni_x.workflows.data import describe_data
+
+    for line in describe_data(path, model, max_length, picture, limit):
+        typer.echo(line)
+
+
 @data_app.command("translate")
 def data_translate(
     source: Annotated[Path, typer.Argument(help="A .jsonl, .parquet or .tsv file, or a .txt with one prompt a line.")],

@@ -211,7 +211,7 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
         _mark_separator(folder.model.config, recipe, folder.text_tokenizer)
         return folder
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
+    text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
     set_seed(recipe.seed)
     model = UniXForCausalLM(make_config(recipe, image_tokenizer, text_tokenizer))
     return ModelFolder(model, text_tokenizer, image_tokenizer)
@@ -353,7 +353,12 @@ def _mark_separator(config: UniXConfig, recipe: TrainRecipe, text_tokenizer: Pre
         config.image_marker_ids = sorted({*config.image_marker_ids, separator[0]})
 
 
-def _text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokenizerBase:
+def make_text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTokenizerBase:
+    """The text tokenizer of a recipe, with the markers that its sequences hold: one to load, or one that is trained.
+
+    Raises:
+        UniXError: for a folder that is none, or texts that cannot be read.
+    """
     section, vis_sep = recipe.text_tokenizer, recipe.data.render.vis_sep
     others = () if vis_sep is None else (vis_sep.token,)
     if section.path is None:

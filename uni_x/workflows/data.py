@@ -15,7 +15,6 @@ from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe,
 
 if TYPE_CHECKING:
     from uni_x.data.render import Renderer
-    from uni_x.images import ImageTokenizer
 
 OTHER_TOKENIZER = "the codes are another image tokenizer's"
 _PICTURES = (".svg", ".png")
@@ -39,13 +38,17 @@ class _Plan:
 
 
 def check_folder(
-    folder: Path, image_tokenizer: ImageTokenizer | None = None, benchmarks: Sequence[Path] = (), limit: int = 20
+    folder: Path, image_tokenizer: str | None = None, benchmarks: Sequence[Path] = (), limit: int = 20
 ) -> Checked:
-    """Checks a folder of shards, and its codes against an image tokenizer where one is given.
+    """Checks a folder of shards, and its codes against an image tokenizer, by its folder or name, where one is given.
 
     Raises `UniXError` where there is nothing to check, or a benchmark's file cannot be read.
     """
-    tokenizer = image_tokenizer
+    tokenizer = None
+    if image_tokenizer is not None:
+        from uni_x.images import load_image_tokenizer
+
+        tokenizer = load_image_tokenizer(image_tokenizer)
     report = check(
         folder,
         codebook_size=None if tokenizer is None else tokenizer.codebook_size,
@@ -144,10 +147,10 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
         return _model_renderer(Path(recipe.model.base), recipe)
     from uni_x.data.render import Renderer, Vocabulary
     from uni_x.images import load_image_tokenizer
-    from uni_x.train.run import _text_tokenizer, make_config
+    from uni_x.train.run import make_config, make_text_tokenizer
 
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    text_tokenizer = _text_tokenizer(recipe, image_tokenizer.codebook_size)
+    text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
     config = make_config(recipe, image_tokenizer, text_tokenizer)
     return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, _stage(recipe))
 
