@@ -26,7 +26,7 @@ KEPT = (*BACKBONE_SIZES, "vocab_size", "bos_token_id", "eos_token_id", "pad_toke
 
 
 def load_reference(folder: str | Path, image_token_offset: int | None = None) -> UniXForCausalLM:
-    """A model from a folder with `config.json` and safetensors in the published layout, in eval mode.
+    """A model from a folder with `config.json` and safetensors in the published layout, in its dtype and in eval mode.
 
     Args:
         folder: the checkpoint.
@@ -53,7 +53,8 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     refuse_incomplete(folder, set(missing) - tied, unexpected)
     model.tie_weights()
-    return model
+    dtypes = {weight.dtype for weight in weights.values()}
+    return model.to(dtypes.pop()) if len(dtypes) == 1 else model
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
