@@ -113,6 +113,14 @@ def test_images_stand_in_their_places_or_lead_the_first_question(make, make_imag
     assert (codes - renderer.vocabulary.image_token_offset).tolist() == [8, 9, 10, 11]
 
 
+def test_images_without_a_question_come_first_of_all(make, make_image):
+    told = Sample("x", (make_image(3),), messages=(Message("assistant", "A heart."),))
+    renderer = make(template="chatml")
+    rendered = renderer.render(told, np.random.default_rng(0))
+    assert rendered.input_ids[0] == renderer.vocabulary.vision_start_token_id
+    assert rendered.image_tokens == 4
+
+
 def test_templates_come_from_files_and_tokenizers_too(make, tokenizer, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}", encoding="utf-8")

@@ -6,16 +6,17 @@ Training and prompts are laid out by the same functions, so that a prompt is an 
 
 - draw: `{caption}{instruction}<|vision_start|>{codes}<|vision_end|>{eos}`
 - describe: `<|vision_start|>{codes}<|vision_end|>{instruction}{caption}{eos}`
-- converse: a newline ends each turn of the user; each answer ends in eos, and a newline leads on to the next turn; or
-  as a template has it
+- converse: a newline ends each turn of the user; each answer ends in eos, and a newline leads on to the next turn
 - text: `{text}{eos}`
 
-`PublishedLayout` is that of the published checkpoints, which differs in everything but drawings.
+`TemplateLayout` differs in conversations; `PublishedLayout`, which is that of the published checkpoints, in everything but
+drawings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -74,27 +75,36 @@ class Markers(NamedTuple):
         return np.insert(ids, places, self.separator)
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """What a conversation is laid out from.
+
+    Attributes:
+        messages: the turns.
+        first: segments of images that have no place in the turns, and come first.
+        images: those that have one.
+        newlines: how many stand before each turn, for layouts that leave it to chance.
+        is_prompt: the assistant's next turn is to follow.
+    """
+
+    messages: Sequence[Message]
+    first: list[Segment]
+    images: Iterator[CodeGrid]
+    newlines: Iterator[int]
+    is_prompt: bool
+
+
 class HouseLayout:
     """The layout of this project.
 
     Args:
         markers: ids around images.
         trains_instructions: whether what the user says is trained too.
-        template: renders a conversation, with a flag whether the assistant's turn is to follow.
-        eos_token: as templates spell it.
     """
 
-    def __init__(
-        self,
-        markers: Markers,
-        trains_instructions: bool,
-        template: Callable[[Sequence[Message], bool], list[Piece]] | None = None,
-        eos_token: str = "",
-    ):
+    def __init__(self, markers: Markers, trains_instructions: bool):
         self.markers = markers
         self.trains_instructions = trains_instructions
-        self._template = template
-        self._eos_token = eos_token
 
     @property
     def end(self) -> Segment:
@@ -126,8 +136,7 @@ class HouseLayout:
         remaining = iter(images)
         placed = any(IMAGE_PLACEHOLDER in message.content for message in messages)
         first = [] if placed else [segment for image in remaining for segment in self._image(image, False)]
-        turns = self._turns if self._template is None else self._templated_turns
-        segments = turns(messages, first, remaining, newlines, prompt)
+        segments = self._turns(Conversation(messages, first, remaining, newlines, prompt))
         if next(remaining, None) is not None:
             raise DataError(f"messages: fewer {IMAGE_PLACEHOLDER} than images")
         return segments
@@ -140,55 +149,17 @@ class HouseLayout:
             raise DataError(f"text: fewer {IMAGE_PLACEHOLDER} than images")
         return segments
 
-    def _turns(
-        self,
-        messages: Sequence[Message],
-        first: list[Segment],
-        images: Iterator[CodeGrid],
-        newlines: Iterator[int],
-        prompt: bool,
-    ) -> list[Segment]:
+    def _turns(self, said: Conversation) -> list[Segment]:
         newline = Segment("\n", self.trains_instructions)
-        segments = list(first)
+        segments = list(said.first)
         after_answer = False
-        for number, message in enumerate(messages):
+        for number, message in enumerate(said.messages):
             if after_answer:
                 segments.append(newline)
-            segments += self._message(number, message, images)
+            segments += self._message(number, message, said.images)
             after_answer = message.role == "assistant"
             segments.append(self.end if after_answer else newline)
         return segments
-
-    def _templated_turns(
-        self,
-        messages: Sequence[Message],
-        first: list[Segment],
-        images: Iterator[CodeGrid],
-        newlines: Iterator[int],
-        prompt: bool,
-    ) -> list[Segment]:
-        assert self._template is not None
-        segments: list[Segment] = []
-        unended = False  # an answer was said, and nothing has ended it yet
-        lead = ""
-        for piece in self._template(messages, prompt):
-            if isinstance(piece, int):
-                message = messages[piece]
-                if message.role == "user":
-                    segments += first
-                    first = []
-                segments += self._message(piece, Message(message.role, lead + message.content), images)
-                unended, lead = message.role == "assistant", ""
-                continue
-            if unended:
-                head, found, piece = piece.partition(self._eos_token) if self._eos_token else ("", "", piece)
-                segments.append(Segment(head + found, True, special=True) if found else self.end)
-                piece = piece if found else head + piece
-                unended = False
-            # a space in front of a word is part of the word's first token
-            lead = " " if piece.endswith(" ") else ""
-            segments.append(Segment(piece.removesuffix(" "), self.trains_instructions, special=True))
-        return [*segments, self.end] if unended else segments
 
     def _message(self, number: int, message: Message, images: Iterator[CodeGrid]) -> list[Segment]:
         answers = message.role == "assistant"
@@ -215,6 +186,55 @@ class HouseLayout:
         return [Segment(ids, trained) for ids in (markers.start, markers.image_ids(image), markers.end)]
 
 
+class TemplateLayout(HouseLayout):
+    """The layout of this project, with conversations as a template has them.
+
+    Args:
+        markers, trains_instructions: see `HouseLayout`.
+        template: renders a conversation, with a flag whether the assistant's turn is to follow.
+        eos_token: as the template spells it.
+    """
+
+    def __init__(
+        self,
+        markers: Markers,
+        trains_instructions: bool,
+        template: Callable[[Sequence[Message], bool], list[Piece]],
+        eos_token: str,
+    ):
+        super().__init__(markers, trains_instructions)
+        self._template = template
+        self._eos_token = eos_token
+
+    def _turns(self, said: Conversation) -> list[Segment]:
+        segments: list[Segment] = []
+        first = list(said.first)
+        unended = False  # an answer was said, and nothing has ended it yet
+        lead = ""
+        for piece in self._template(said.messages, said.is_prompt):
+            if isinstance(piece, int):
+                message = said.messages[piece]
+                if message.role == "user":
+                    segments, first = segments + first, []
+                segments += self._message(piece, Message(message.role, lead + message.content), said.images)
+                unended, lead = message.role == "assistant", ""
+                continue
+            if unended:
+                answer_end, piece = self._cut_behind_eos(piece)
+                segments.append(answer_end)
+                unended = False
+            # a space in front of a word is part of the word's first token
+            lead = " " if piece.endswith(" ") else ""
+            segments.append(Segment(piece.removesuffix(" "), self.trains_instructions, special=True))
+        ends = [self.end] if unended else []
+        return [*first, *segments, *ends]  # images that no question leads come first of all
+
+    def _cut_behind_eos(self, piece: str) -> tuple[Segment, str]:
+        """What ends an answer, the template's own end or eos itself, and what the template says behind it."""
+        head, found, rest = piece.partition(self._eos_token)
+        return (Segment(head + found, True, special=True), rest) if found else (self.end, piece)
+
+
 class PublishedLayout(HouseLayout):
     """What the published checkpoints were trained on, in their pretraining or, where `sft`, in their fine-tuning.
 
@@ -229,7 +249,7 @@ class PublishedLayout(HouseLayout):
     def description(self, image: CodeGrid, instruction: str, caption: str, newlines: Iterator[int]) -> list[Segment]:
         """In pretraining a fixed sentence leads to the caption, in fine-tuning the instruction, as a turn."""
         if self.sft:
-            messages = (Message("user", instruction), Message("assistant", caption))
+            messages = (Message("user", instruction.strip()), Message("assistant", caption))
             return self.conversation(messages, (image,), newlines)
         after = "" if self.trains_instructions else PUBLISHED_CAPTION
         return [*self._image(image, False), Segment(PUBLISHED_CAPTION + caption, True, after=after), self.end]
@@ -237,7 +257,7 @@ class PublishedLayout(HouseLayout):
     def description_prompt(self, image: CodeGrid, instruction: str, newlines: Iterator[int]) -> list[Segment]:
         """A description up to where the caption begins."""
         if self.sft:
-            return self.conversation((Message("user", instruction),), (image,), newlines, prompt=True)
+            return self.conversation((Message("user", instruction.strip()),), (image,), newlines, prompt=True)
         return [*self._image(image, False), Segment(PUBLISHED_CAPTION, False)]
 
     def document(self, text: str, images: Sequence[CodeGrid]) -> list[Segment]:
@@ -253,16 +273,9 @@ class PublishedLayout(HouseLayout):
             self.end,
         ]
 
-    def _turns(
-        self,
-        messages: Sequence[Message],
-        first: list[Segment],
-        images: Iterator[CodeGrid],
-        newlines: Iterator[int],
-        prompt: bool,
-    ) -> list[Segment]:
-        segments = list(first)
-        for number, message in enumerate(messages):
-            led = Message(message.role, "\n" * next(newlines) + message.content)
-            segments += self._message(number, led, images)
+    def _turns(self, said: Conversation) -> list[Segment]:
+        segments = list(said.first)
+        for number, message in enumerate(said.messages):
+            led = Message(message.role, "\n" * next(said.newlines) + message.content)
+            segments += self._message(number, led, said.images)
         return segments

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment
+from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment, TemplateLayout
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Sample
 from uni_x.data.templates import load_template, render_template
 from uni_x.errors import ConfigError, DataError, InputError
@@ -120,7 +120,7 @@ class Renderer:
             return HouseLayout(markers, trains_instructions)
         template = partial(render_template, load_template(options.template, self._tokenizer), self._tokenizer)
         eos_token = self._tokenizer.convert_ids_to_tokens(vocabulary.eos_token_id)
-        return HouseLayout(markers, trains_instructions, template, str(eos_token))
+        return TemplateLayout(markers, trains_instructions, template, str(eos_token))
 
     def render(self, sample: Sample, rng: np.random.Generator) -> Rendered:
         """Renders one sample; `rng` decides between drawing and describing, on the instruction, on leaving out text.
