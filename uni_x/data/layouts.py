@@ -9,8 +9,8 @@ Training and prompts are laid out by the same functions, so that a prompt is an 
 - converse: a newline ends each turn of the user; each answer ends in eos, and a newline leads on to the next turn
 - text: `{text}{eos}`
 
-`TemplateLayout` differs in conversations; `PublishedLayout`, which is that of the published checkpoints, in everything but
-drawings.
+`TemplateLayout` differs in conversations; `PublishedLayout`, which is that of the published checkpoints, in everything
+but drawings.
 """
 
 from __future__ import annotations
