@@ -83,6 +83,9 @@ def encode(
         int | None,
         typer.Option(min=0, help="Reject pictures with a side of fewer pixels. [default: a quarter of the resolution]"),
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures encoded at once. [default: as many as memory allows]")
+    ] = None,
     split: Annotated[str, typer.Option(help="Of a data set with several.")] = "train",
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub data set first.")] = False,
     device: Device = "auto",
@@ -108,7 +111,15 @@ def encode(
             summary = encode_scenes(recipe.scenes.at_most(limit), recipe.seed, out, tokenizer, report)
         else:
             summary = encode_source(
-                source, tokenizer, out, limit, report, filters=filters, split=split, streaming=streaming
+                source,
+                tokenizer,
+                out,
+                limit,
+                report,
+                filters=filters,
+                batch_size=batch_size,
+                split=split,
+                streaming=streaming,
             )
     if not summary.finished or (summary.already_done and share.rank > 0):
         return  # another process finds the folder whole, and says so

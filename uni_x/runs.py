@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -31,15 +31,16 @@ class RunFolder:
     Args:
         path: the folder.
         recipe: the resolved recipe. A folder that was made by another one is refused.
+        may_differ: keys of which a run may change the value when it goes on.
 
     Raises:
         RunError: for a folder of another recipe.
     """
 
-    def __init__(self, path: str | Path, recipe: Mapping[str, Any]):
+    def __init__(self, path: str | Path, recipe: Mapping[str, Any], may_differ: Collection[str] = ()):
         self.path = Path(path)
         self._recipe = dict(recipe)
-        self._refuse_another_recipe()
+        self._refuse_another_recipe(may_differ)
 
     def begin(self, needs_bytes: int = 0) -> None:
         """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
@@ -103,14 +104,14 @@ class RunFolder:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
         return {entry.name for entry in self.path.iterdir()} <= START_FILES
 
-    def _refuse_another_recipe(self) -> None:
+    def _refuse_another_recipe(self, may_differ: Collection[str]) -> None:
         if not self.recipe_file.is_file() or self._nothing_done():
             return
         try:
             earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):
             raise RunError(f"{self.recipe_file}: not valid YAML; choose another folder, or delete this one") from None
-        if changed := _differences(earlier, self._recipe):
+        if changed := [name for name in _differences(earlier, self._recipe) if name not in may_differ]:
             raise RunError(
                 f"{self.path}: was made by another recipe ({', '.join(changed[:3])} differ); "
                 "choose another folder, or delete this one"

@@ -109,11 +109,15 @@ import sys, time
 from uni_x.data.encode import encode
 from uni_x.data.readers import open_source
 from uni_x.images import ImageTokenizer
+from uni_x.workflows.sources import launched_share
 
 pictures, tokenizer, out = sys.argv[1:]
 tokenizer = ImageTokenizer.from_pretrained(tokenizer)
 pause = lambda summary: time.sleep(0.05)
-encode(open_source(pictures), tokenizer, out, source=pictures, shard_size=4, batch_size=1, progress=pause)
+share = launched_share()
+encode(
+    open_source(pictures), tokenizer, out, source=pictures, shard_size=4, batch_size=1, share=share, progress=pause
+)
 """
 
 
@@ -234,25 +238,43 @@ def test_several_processes_write_what_one_writes(image_tokenizer, tmp_path, part
     assert content_of(tmp_path / "together") == content_of(tmp_path / "alone")
 
 
-def test_a_launcher_divides_the_work(picture_folder, image_tokenizer, tmp_path):
+def test_accelerate_divides_the_work(picture_folder, image_tokenizer, tmp_path):
     image_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "uni_x", "encode", str(picture_folder), "--image-tokenizer"]
-    command += [str(tmp_path / "tokenizer"), "--out", str(tmp_path / "together"), "--min-side", "0"]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"},
-            cwd=Path(uni_x.__file__).parents[1],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert any("20 read = 18 written + 2 rejected" in text for text in said)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "uni_x", "encode", str(picture_folder), "--image-tokenizer", str(tmp_path / "tokenizer")]
+    command += ["--out", str(tmp_path / "together"), "--min-side", "0", "--batch-size", "2"]
+    run = subprocess.run(command, cwd=Path(uni_x.__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "20 read = 18 written + 2 rejected" in run.stdout
     encode(open_source(str(picture_folder)), image_tokenizer, tmp_path / "alone", source=str(picture_folder))
     assert content_of(tmp_path / "together") == content_of(tmp_path / "alone")
+
+
+def test_two_killed_processes_carry_on_row_for_row(picture_folder, image_tokenizer, tmp_path):
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out"
+    together = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_ENCODE, picture_folder, tmp_path / "tokenizer", out],
+            cwd=Path(uni_x.__file__).parents[1],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.parquet")):
+        assert all(process.poll() is None for process in together)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for process in together:
+        process.send_signal(signal.SIGKILL)
+    for process in together:
+        process.wait()
+    assert not json.loads((out / "manifest.json").read_text())["finished"]
+    encode_folder(picture_folder, image_tokenizer, out)
+    encode_folder(picture_folder, image_tokenizer, tmp_path / "uninterrupted")
+    assert content_of(out) == content_of(tmp_path / "uninterrupted")
 
 
 def test_pictures_of_no_use_are_rejected(image_tokenizer, tmp_path):

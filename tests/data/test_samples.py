@@ -132,6 +132,23 @@ def test_damaged_and_foreign_shards_are_refused(tmp_path):
         EncodedSamples(tmp_path / "nowhere", 64)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": pa.array([None], pa.string())}, "id has 1 empty values"),
+        ({"images": [[{"codes": [1, None, 2, 3], "height": 2, "width": 2}]]}, "images.codes has 1 empty values"),
+        ({"messages": [[{"role": None, "content": "x"}]]}, "messages.role has 1 empty values"),
+        ({"messages": [[{"role": "user", "content": None}]]}, "messages.content has 1 empty values"),
+        ({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())}, "'text' cannot be read as string"),
+    ],
+)
+def test_gaps_in_foreign_shards_are_named(tmp_path, change, message):
+    columns = {"id": ["a"], "images": [[{"codes": [0, 1, 2, 3], "height": 2, "width": 2}]]} | change
+    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
+    with pytest.raises(DataError, match=message):
+        EncodedSamples(tmp_path, 64)
+
+
 def test_the_modules_import_neither_torch_nor_transformers():
     modules = ", ".join(
         f"uni_x.data.{name}"

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 import uni_x
 from uni_x.data import shards
 from uni_x.data.collate import Collator
-from uni_x.data.dataset import POSITION, Source, StreamPosition, TrainingStream, start_positions
-from uni_x.data.schema import Sample
+from uni_x.data.dataset import LEFT_OUT, POSITION, Source, StreamPosition, TrainingStream, start_positions
+from uni_x.data.schema import Message, Sample
 from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
 
@@ -40,7 +40,6 @@ def make_stream(encoded_folder, make_renderer, samples, vocabulary):
 def small_blocks(monkeypatch):
     """Blocks of some batches, so that a test sees many of them."""
     monkeypatch.setattr("uni_x.data.dataset._BLOCK_TOKENS", 128 * 8)
-    monkeypatch.setattr("uni_x.data.dataset._BLOCK_ROWS", (8, 8))
 
 
 def texts_of(batches):
@@ -132,12 +131,12 @@ def test_each_pass_over_a_source_takes_every_sample_once(encoded_folder, monkeyp
 def test_a_fraction_is_the_same_part_in_every_pass(encoded_folder):
     folder = encoded_folder([Sample(str(number), (), text=f"{number}") for number in range(40)])
     part = ShuffledShards(folder, CODEBOOK_SIZE, (1,), 0.25)
-    assert len(part) == 12  # of each shard of ten, three
-    first = {part.sample(index).id for index in range(12)}
-    assert len(first) == 12
-    assert {part.sample(index).id for index in range(12, 24)} == first
+    assert len(part) == 10
+    first = {part.sample(index).id for index in range(10)}
+    assert len(first) == 10
+    assert {part.sample(index).id for index in range(10, 20)} == first
     other_seed = ShuffledShards(folder, CODEBOOK_SIZE, (2,), 0.25)
-    assert {other_seed.sample(index).id for index in range(12)} == first
+    assert {other_seed.sample(index).id for index in range(10)} == first
 
 
 def test_weights_are_shares_of_the_sequences(encoded_folder, make_stream, make_renderer, samples):
@@ -169,6 +168,24 @@ def test_overlong_samples_are_counted(encoded_folder, make_stream, make_renderer
     assert stream.forecast.split > 0
     stream = make_stream([Source(folder)], max_length=40, renderer=renderer, split_long_texts=False)
     assert stream.forecast.split == 0
+
+
+def test_samples_that_a_template_refuses_are_left_out_and_counted(encoded_folder, make_stream, make_renderer, caplog):
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"))
+    odd = (Message("system", "Be short."), *turns)
+    folder = encoded_folder([Sample(str(n), messages=odd if n == 3 else turns) for n in range(40)], "said")
+    template = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+    template += "{{ messages | map(attribute='content') | join(' ') }}"
+    stream = make_stream([Source(folder)], renderer=make_renderer(template=template))
+    batches = list(islice(stream, 600))
+    blocks = {int(batch[POSITION][1]) for batch in batches}
+    left_out = sum(batch[LEFT_OUT] for batch in batches)
+    assert left_out == pytest.approx(len(blocks) * stream._block_size / 40, rel=0.1)
+    assert "left out: sample '3', messages: the template refuses them (no system)" in caplog.text
+    with pytest.raises(DataError, match="none of the first 512 samples can be rendered"):
+        make_stream(
+            [Source(encoded_folder([Sample("3", messages=odd)], "odd"))], renderer=make_renderer(template=template)
+        )
 
 
 def test_sources_that_give_nothing_are_refused(encoded_folder, make_stream, tmp_path):
@@ -212,4 +229,4 @@ def test_a_position_says_where_the_process_stands(make_stream, small_blocks):
     assert position.batches == 10
     (worker,) = position.workers
     (block, used), *_ = worker.left
-    assert sum(len(stream.batches_of(number)) for number in range(block)) + used == 10
+    assert sum(len(stream.batches_of(number)[0]) for number in range(block)) + used == 10

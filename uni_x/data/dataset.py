@@ -7,6 +7,9 @@ worker, which is what a checkpoint keeps: the run resumed sees the very batches 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +25,12 @@ from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
 
 POSITION = "position"  # the key in a batch under which its place in the stream is
+LEFT_OUT = "left_out"  # how many samples of a batch's block are in no batch, with the first batch of the block
 _TRIED = 512
-_BLOCK_TOKENS = 2**20
-_BLOCK_ROWS = (64, 512)
+_BLOCK_TOKENS = 2**21
+_MOST_ROWS = 512  # of a block
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -173,6 +179,12 @@ class TrainingStream(IterableDataset[Batch]):
         self.position = position or start_positions(1, 1)[0]
         self._block_size, self.forecast = self._choose_block_size()
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes where a position in this stream means another place in another one."""
+        sizes = [[len(shards) for shards in self._shards], self._bounds.tolist(), self._block_size, self._batch_size]
+        return hashlib.sha256(json.dumps([sizes, self._seed, self._max_length, self._packing]).encode()).hexdigest()
+
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = get_worker_info(), len(self.position.workers)
         if (1 if worker is None else worker.num_workers) != workers:
@@ -184,21 +196,38 @@ class TrainingStream(IterableDataset[Batch]):
             position = position.next()
         while True:
             block, used = position.left[0]
-            batches = self.batches_of(block)
+            batches, left_out = self.batches_of(block)
             for number in range(used, len(batches)):
-                yield self._collate(batches[number]) | {POSITION: np.array([own, block, number + 1])}
+                place = {POSITION: np.array([own, block, number + 1]), LEFT_OUT: 0 if number else left_out}
+                yield self._collate(batches[number]) | place
             position = position.next()
 
-    def batches_of(self, block: int) -> list[list[PackedRow]]:
-        """The rows of a block, by batches."""
+    def batches_of(self, block: int) -> tuple[list[list[PackedRow]], int]:
+        """The rows of a block, by batches, and how many of its samples are in none: too long, or refused."""
         rng = np.random.default_rng((self._seed, block))
-        rows, _ = self._pack(self._renderer.render_all(self._samples_of(block, rng), rng))
+        samples = self._samples_of(block, rng)
+        sequences = self._render(samples, rng)
+        rows, packed = self._pack(sequences)
+        left_out = len(samples) - len(sequences) + packed.dropped
         if not self._packing:
             rows.sort(key=lambda row: len(row.input_ids))
             batches = self._cut(rows)
-            return [batches[index] for index in rng.permutation(len(batches))]
+            return [batches[index] for index in rng.permutation(len(batches))], left_out
         # The rows at the end are the least full ones, and sorted by the lengths of their documents.
-        return self._cut([rows[index] for index in rng.permutation(len(rows))])
+        return self._cut([rows[index] for index in rng.permutation(len(rows))]), left_out
+
+    def _render(self, samples: list[Sample], rng: np.random.Generator) -> list[Rendered]:
+        """Sequences of the samples; those that layout or template refuse are left out, and the log says why."""
+        try:
+            return self._renderer.render_all(samples, rng)
+        except DataError:
+            sequences = []
+            for sample in samples:
+                try:
+                    sequences.append(self._renderer.render(sample, rng))
+                except DataError as error:
+                    logger.warning("left out: %s", error)
+            return sequences
 
     def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
@@ -222,10 +251,13 @@ class TrainingStream(IterableDataset[Batch]):
         """Samples in a block, so that it has some hundred rows, and what packing made of those that were tried."""
         self._block_size = _TRIED
         rng = np.random.default_rng(self._seed)
-        sequences = self._renderer.render_all(self._samples_of(0, rng), rng)
+        samples = self._samples_of(0, rng)
+        sequences = self._render(samples, rng)
         _, packed = self._pack(sequences)
+        if not sequences:
+            raise DataError(f"none of the first {len(samples)} samples can be rendered; log.txt says why")
         if not packed.rows:
             raise DataError(f"max_length: {self._max_length} tokens are too few for each of {len(sequences)} samples")
-        wanted = min(max(_BLOCK_TOKENS // self._max_length, _BLOCK_ROWS[0]), _BLOCK_ROWS[1])
+        wanted = min(max(_BLOCK_TOKENS // self._max_length, 1), _MOST_ROWS)
         rows = packed.tokens / self._max_length if self._packing else packed.rows
         return max(1, round(wanted * len(sequences) / rows)), packed

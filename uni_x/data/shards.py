@@ -9,7 +9,7 @@ import bisect
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -49,6 +49,16 @@ def shard_to_bytes(samples: Iterable[Sample], codebook_size: int, metadata: dict
 def shard_paths(folder: Path) -> list[Path]:
     """The Parquet files of a folder, in the order of their names."""
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def iterate_samples(path: str | Path, codebook_size: int) -> Iterator[Sample]:
+    """The samples of a folder of Parquet shards, or of one shard, of which one at a time is in memory.
+
+    Raises `DataError` as `EncodedSamples` does.
+    """
+    for file in _finished_shards(Path(path)):
+        shard = _Shard(file, codebook_size)
+        yield from (shard.sample(row) for row in range(len(shard)))
 
 
 class EncodedSamples(Sequence[Sample]):
@@ -94,7 +104,7 @@ class ShuffledShards:
         path: a folder of Parquet shards, or one shard.
         codebook_size: codes are below it.
         seed: decides on the orders.
-        fraction: how much of each shard is used, the same samples in every pass and with every seed.
+        fraction: how much of the folder is used, the same samples in every pass and with every seed.
     """
 
     def __init__(self, path: str | Path, codebook_size: int, seed: tuple[int, ...], fraction: float = 1.0):
@@ -102,7 +112,7 @@ class ShuffledShards:
         self._codebook_size = codebook_size
         self._seed = seed
         counts = np.array([_count_rows(shard) for shard in self._paths], dtype=np.int64)
-        self._kept = np.ceil(counts * fraction).astype(np.int64)
+        self._kept = np.diff(np.floor(np.cumsum(counts) * fraction + 0.5).astype(np.int64), prepend=0)
         self._counts = counts
         self._length = int(self._kept.sum())
         if not self._length:
@@ -168,7 +178,7 @@ class _Shard:
         fields = images.values
         codes = fields.field("codes")
         self._code_offsets = codes.offsets.to_numpy()
-        self._codes = codes.values.to_numpy()
+        self._codes = codes.values.to_numpy(zero_copy_only=False)
         self._sizes = np.stack(
             [fields.field(name).fill_null(0).to_numpy() for name in ("height", "width", "pixel_height", "pixel_width")],
             axis=1,
@@ -182,6 +192,14 @@ class _Shard:
         self._role_names = self._roles.dictionary.to_pylist()
         self._role_indices = self._roles.indices.to_numpy(zero_copy_only=False)
         self._contents = messages.values.field("content")
+        for name, values in (
+            ("id", self._ids),
+            ("images.codes", codes.values),
+            ("messages.role", self._roles),
+            ("messages.content", self._contents),
+        ):
+            if values.null_count:
+                raise DataError(f"{path}: {name} has {values.null_count} empty values; `uni-x data check` lists them")
         self._check_codes(path, codebook_size)
 
     def __len__(self) -> int:
@@ -277,6 +295,7 @@ def _column(path: Path, table: pa.Table, name: str, type_: pa.DataType) -> pa.Ar
         raise DataError(f"{path}: the column {name!r} is missing; it has {', '.join(table.column_names)}")
     try:
         column = table.column(name).cast(type_).combine_chunks()
+        column.validate(full=True)  # bytes that are no text
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{path}: the column {name!r} cannot be read as {type_} ({error})") from None
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

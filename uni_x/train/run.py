@@ -24,7 +24,7 @@ from uni_x.data.collate import Collator
 from uni_x.data.dataset import Source, TrainingStream, start_positions
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, Renderer, Vocabulary, separator_of
-from uni_x.data.shards import EncodedSamples
+from uni_x.data.shards import iterate_samples
 from uni_x.data.templates import load_template
 from uni_x.data.text_tokenizer import (
     check_vocab_size,
@@ -41,7 +41,7 @@ from uni_x.model_folder import ModelFolder, load_model_folder, save_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.callbacks import Checkpoint, Metrics, StopOnSignal, last_whole_checkpoint, read_metrics
-from uni_x.train.trainer import UniXTrainer, read_positions
+from uni_x.train.trainer import UniXTrainer, read_data_fingerprint, read_positions
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ OWN_ARGUMENTS = {
     "ignore_data_skip",
     "save_only_model",
 }
+MAY_DIFFER = {"device", "trainer.dataloader_num_workers", "trainer.dataloader_prefetch_factor"}  # when a run goes on
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
     arguments = check_before(recipe)
-    run = RunFolder(recipe.run, recipe.model_dump(mode="json"))
+    run = RunFolder(recipe.run, recipe.model_dump(mode="json"), may_differ=MAY_DIFFER)
     metrics_file, model_dir = run.path / "metrics.jsonl", run.path / "model"
     if model_dir.exists():
         return _finish(run, recipe, read_metrics(metrics_file), already_done=True)
@@ -149,7 +150,7 @@ def _make_stream(
     former = None if checkpoint is None else read_positions(checkpoint.path)
     positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
     vocabulary = renderer.vocabulary
-    return TrainingStream(
+    stream = TrainingStream(
         [Source(source.path, source.weight, source.fraction) for source in data.sources],
         renderer,
         Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id),
@@ -160,6 +161,12 @@ def _make_stream(
         split_long_texts=data.long_texts == "split",
         position=positions[arguments.process_index],
     )
+    if checkpoint is not None and read_data_fingerprint(checkpoint.path) != stream.fingerprint:
+        raise RunError(
+            f"{checkpoint.path}: the data has changed since this checkpoint was written; give the sources back as they "
+            "were, or begin a new run (run=…) from this one's model"
+        )
+    return stream
 
 
 def _run_trainer(
@@ -383,7 +390,7 @@ def make_text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTo
 def _texts(recipe: TrainRecipe, codebook_size: int) -> Iterator[str]:
     """All texts of the sources, and what stands for them in unconditional drawings."""
     for source in recipe.data.sources:
-        for sample in EncodedSamples(source.path, codebook_size):
+        for sample in iterate_samples(source.path, codebook_size):
             if sample.messages:
                 yield from (message.content for message in sample.messages)
             else:

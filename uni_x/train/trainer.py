@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from uni_x.data.dataset import StreamPosition, TrainingStream
+from uni_x.data.dataset import LEFT_OUT, StreamPosition, TrainingStream
 from uni_x.errors import RunError
 from uni_x.recipe import OptimizerSection
 from uni_x.train.optimizers import MuonWithAdamW
@@ -51,16 +51,17 @@ class UniXTrainer(Trainer):
     ) -> Any:
         """As transformers', adds up the losses of text and image for the log, and follows the stream."""
         self._position = self._position.after(inputs)
+        left_out = torch.tensor(float(inputs.pop(LEFT_OUT)), device=self.args.device)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("loss_text", "loss_image", "targets_text", "targets_image"):
             value = outputs[name].detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        tokens = inputs["attention_mask"].sum().float()
-        self._sums["tokens"] = self._sums["tokens"] + tokens if "tokens" in self._sums else tokens
+        for name, value in (("tokens", inputs["attention_mask"].sum().float()), ("left_out", left_out)):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean losses by modality and the tokens since the last log, over all ranks."""
+        """Adds mean losses by modality, and tokens and samples left out since the last log, over all ranks."""
         if "loss" in logs and self._sums:
             names = list(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
@@ -69,6 +70,8 @@ class UniXTrainer(Trainer):
                 if totals[f"targets_{kind}"]:
                     logs[f"loss_{kind}"] = totals[f"loss_{kind}"] / totals[f"targets_{kind}"]
             logs["tokens"] = totals["tokens"]
+            if totals["left_out"]:
+                logs["left_out"] = totals["left_out"]
             self._sums = {}
         super().log(logs, start_time)
 
@@ -87,7 +90,8 @@ class UniXTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Writes where this process stands in the data beside its random state, before a checkpoint counts as whole."""
         super()._save_rng_state(output_dir)
-        content = {"processes": self.args.world_size, **self._position.to_json()}
+        stream: Any = self.train_dataset
+        content = {"processes": self.args.world_size, "data": stream.fingerprint, **self._position.to_json()}
         (Path(output_dir) / POSITION_FILE.format(rank=self.args.process_index)).write_text(json.dumps(content))
 
 
@@ -106,3 +110,8 @@ def read_positions(checkpoint: Path) -> list[StreamPosition]:
         raise RunError(
             f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"
         ) from None
+
+
+def read_data_fingerprint(checkpoint: Path) -> str:
+    """The fingerprint of the stream that a checkpoint's positions, which `read_positions` has read, are in."""
+    return str(json.loads((checkpoint / POSITION_FILE.format(rank=0)).read_text()).get("data"))

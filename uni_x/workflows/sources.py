@@ -30,6 +30,7 @@ def encode_source(
     progress: Progress | None = None,
     *,
     filters: Filters | None = None,
+    batch_size: int | None = None,
     split: str = "train",
     streaming: bool = False,
 ) -> EncodeSummary:
@@ -42,6 +43,7 @@ def encode_source(
         limit: at most so many rows, the first.
         progress: is told of this process's rows.
         filters: which pictures are rejected.
+        batch_size: pictures that are encoded at once; None for as many as memory allows.
         split, streaming: see `open_source`.
 
     Raises:
@@ -59,7 +61,16 @@ def encode_source(
     if limit is not None:
         name += f", the first {limit}"
         parts = [Part("first", partial(_first_rows, parts, limit))]
-    return encode(parts, tokenizer, out, source=name, filters=filters, share=launched_share(), progress=report)
+    return encode(
+        parts,
+        tokenizer,
+        out,
+        source=name,
+        batch_size=batch_size,
+        filters=filters,
+        share=launched_share(),
+        progress=report,
+    )
 
 
 def launched_share() -> Share:
