@@ -3,7 +3,8 @@
     python benchmarks/data.py [--pictures 128] [--repetitions 3]
 
 - packing: how full rows of 4,096 tokens are, from sequences of 1 to 1,100 tokens.
-- loading: packed tokens that one worker delivers in a second, from encoded shards; three quarters of them are codes.
+- loading: packed tokens that one worker delivers in a second, from encoded shards whose captions all differ; three
+  quarters of the tokens are codes.
 - encoding: `encode` on JPEG files of 256 x 256 pixels with a VQGAN, beside a bare loop over the same tokenizer with the
   pictures decoded already; how many operations a picture takes is counted by torch.
 - memory: what a process holds while it encodes 200,000 rows of text, at the beginning and at the end.
@@ -41,7 +42,6 @@ from uni_x.images import ImageTokenizer
 from uni_x.recipe import PatchNetwork, RenderOptions, TokenizerConfig, VQGANNetwork
 
 CODES, SIDE, MAX_LENGTH = 8192, 16, 4096
-WORDS = ["a", "red", "blue", "green", "small", "large", "heart", "star", "car", "house", "tree", "left", "of", "many"]
 MEMORY_ROWS = 200_000
 
 
@@ -53,8 +53,10 @@ def measure_packing() -> None:
 
 def measure_loading(folder: Path, repetitions: int) -> None:
     rng = np.random.default_rng(0)
-    captions = [" ".join(rng.choice(WORDS, 70)) for _ in range(4000)]
-    for shard in range(4):
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 10))) for _ in range(5000)]
+    shards = 20  # more than is loaded, so that no caption is seen twice
+    captions = [" ".join(rng.choice(words, 58)) for _ in range(1000 * shards)]
+    for shard in range(shards):
         samples = [
             Sample(
                 f"{shard}-{number}",
@@ -64,7 +66,7 @@ def measure_loading(folder: Path, repetitions: int) -> None:
             for number in range(1000)
         ]
         (folder / f"part-00000-{shard:05d}.parquet").write_bytes(shard_to_bytes(samples, CODES))
-    tokenizer = train_text_tokenizer(captions[:200], 1000)
+    tokenizer = train_text_tokenizer(captions[:2000], 16_000)
     vocabulary = Vocabulary(len(tokenizer), CODES, **special_ids(tokenizer))
     renderer = Renderer(tokenizer, vocabulary, RenderOptions())
     collate = Collator(len(tokenizer) + CODES, vocabulary.pad_token_id)
