@@ -28,7 +28,7 @@ def _parquet_rows(path: Path, part: str, source: str) -> Iterator[Load]:
 
 
 class _RowGroups:
-    """A Parquet file with the last row group that was asked for in memory."""
+    """A Parquet file with two row groups in memory: threads that are a row apart may stand in different ones."""
 
     def __init__(self, path: Path):
         import pyarrow as pa
@@ -41,7 +41,7 @@ class _RowGroups:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"not a whole Parquet file ({' '.join(str(error).split())})") from None
         self._lock = threading.Lock()
-        self._current: tuple[int, Any] | None = None  # the group's number, and its table or why it cannot be read
+        self._loaded: dict[int, Any] = {}  # for a group's number its table, or why it cannot be read
 
     def fields(self, group: int, row: int) -> dict[str, Any]:
         """Raises `DataError` where the row group or the row's text is damaged."""
@@ -57,10 +57,11 @@ class _RowGroups:
         import pyarrow as pa
 
         with self._lock:
-            if self._current is None or self._current[0] != group:
-                self._current = None  # two row groups at a time would not be flat memory
+            if group not in self._loaded:
+                if len(self._loaded) > 1:
+                    del self._loaded[next(iter(self._loaded))]
                 try:
-                    self._current = group, self._file.read_row_group(group)
+                    self._loaded[group] = self._file.read_row_group(group)
                 except (pa.ArrowException, OSError, ValueError) as error:
-                    self._current = group, " ".join(str(error).split())
-            return self._current[1]
+                    self._loaded[group] = " ".join(str(error).split())
+            return self._loaded[group]
