@@ -11,7 +11,8 @@ import numpy as np
 
 from uni_x.data.render import IGNORED, Rendered
 
-_GOOD_FILL = 0.98
+_GOOD_FILL = 0.95
+_OPEN_ROWS = 8  # more would fill little better, and leave more rows at the end that are sorted by length
 
 Item = TypeVar("Item")
 
@@ -55,7 +56,7 @@ class BestFit(Generic[Item]):
     `open_rows`. With `open_rows=0` each item has a row of its own. No item is longer than `max_length`.
     """
 
-    def __init__(self, max_length: int, open_rows: int = 64):
+    def __init__(self, max_length: int, open_rows: int = _OPEN_ROWS):
         self._max_length = max_length
         self._limit = open_rows
         self._by_room: list[tuple[int, int]] = []  # (room left, number of the row), ascending
