@@ -311,7 +311,7 @@ def test_wrong_usage_exits_with_2(
     [
         (["generate", "absent", "a heart"], "absent: not a model folder"),
         (["info", "absent"], "absent: neither a model folder nor a recipe"),
-        (["encode", "absent", "--out", "data", "--image-tokenizer", "scenes"], "absent: no such folder"),
+        (["encode", "absent", "--out", "data", "--image-tokenizer", "scenes"], "absent: no such file or folder"),
         (["quickstart", "train.seed=3", "--out", "run"], "train.seed follows from the quickstart's own; say seed=N"),
         (["quickstart", "train.image_tokenizer=absent", "--out", "run"], "absent: no such folder"),
         (["quickstart", "train.text_tokenizer.vocab_size=9", "--out", "run"], "vocab_size: 9 is too small"),

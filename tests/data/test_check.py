@@ -419,9 +419,15 @@ def test_a_benchmark_that_is_not_there_is_an_error(tmp_path):
         BenchmarkTexts([tmp_path / "a.txt"])
 
 
-def test_the_lines_say_what_is_wrong_and_where(stored, image_tokenizer):
+@pytest.fixture
+def tokenizer_folder(image_tokenizer, tmp_path):
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def test_the_lines_say_what_is_wrong_and_where(stored, tokenizer_folder):
     folder = stored(*(captioned(f"{number}", " " * (number + 1)) for number in range(3)))
-    checked = check_folder(folder, image_tokenizer, limit=2)
+    checked = check_folder(folder, tokenizer_folder, limit=2)
     assert not checked.ok
     assert list(checked.lines) == [
         f"{folder}: 3 samples with 3 images in 1 shard",
@@ -432,12 +438,12 @@ def test_the_lines_say_what_is_wrong_and_where(stored, image_tokenizer):
     ]
 
 
-def test_codes_of_another_tokenizer_are_told_by_the_manifest(encoded, image_tokenizer):
-    checked = check_folder(encoded, image_tokenizer)
+def test_codes_of_another_tokenizer_are_told_by_the_manifest(encoded, tokenizer_folder):
+    checked = check_folder(encoded, tokenizer_folder)
     assert checked.ok
     assert checked.lines[-1] == "  nothing wrong with it"
     manifest = json.loads((encoded / "manifest.json").read_text())
     (encoded / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "0" * 64}))
-    checked = check_folder(encoded, image_tokenizer)
+    checked = check_folder(encoded, tokenizer_folder)
     assert not checked.ok
     assert checked.lines[1].startswith("  the codes are another image tokenizer's")
