@@ -718,7 +718,12 @@ class TestGoingOn:
             "options = TranslateOptions('m', 'Chinese', ('text',), base_url=sys.argv[3], concurrency=3)\n"
             "translate(Path(sys.argv[1]), Path(sys.argv[2]), options)"
         )
-        process = subprocess.Popen([sys.executable, "-c", code, source, out, server.url], stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, source, out, server.url],
+            stderr=subprocess.PIPE,
+            # where the tests run in the background of a shell, Ctrl-C is ignored by all that they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert enough.wait(60)
         os.kill(process.pid, number)
         _, said = process.communicate(timeout=60)
