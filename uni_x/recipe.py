@@ -6,7 +6,7 @@ knows nothing of torch, so that a recipe can be checked in a fraction of a secon
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -197,27 +197,42 @@ class PatchNetwork(Section):
         return self.patch_size
 
 
-class TokenizerConfig(Section):
-    """What an image tokenizer is, apart from its weights; `config.json` in its folder holds just this."""
+class SquarePictures(Section):
+    """What all image tokenizers have: square pictures, cut into squares of one code each."""
 
     resolution: int = Field(ge=16)
-    codebook_size: int = Field(ge=2)
-    network: Annotated[VQGANNetwork | PatchNetwork, Field(discriminator="kind")]
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        raise NotImplementedError
 
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of a picture in codes."""
-        side = self.resolution // self.network.pixels_per_code
+        side = self.resolution // self.pixels_per_code
         return side, side
 
     @model_validator(mode="after")
-    def _pictures_divide_into_codes(self) -> "TokenizerConfig":
-        if self.resolution % self.network.pixels_per_code:
+    def _pictures_divide_into_codes(self) -> Self:
+        if self.resolution % self.pixels_per_code:
             raise ValueError(
                 f"resolution is {self.resolution}, which must be a multiple of the "
-                f"{self.network.pixels_per_code} pixels of one code"
+                f"{self.pixels_per_code} pixels of one code"
             )
         return self
+
+
+class TokenizerConfig(SquarePictures):
+    """What an image tokenizer is, apart from its weights; `config.json` in its folder holds just this."""
+
+    codebook_size: int = Field(ge=2)
+    network: Annotated[VQGANNetwork | PatchNetwork, Field(discriminator="kind")]
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return self.network.pixels_per_code
 
 
 class TokenizerTraining(Section):
@@ -372,6 +387,11 @@ class DataSection(Section):
     long_texts: Literal["split", "drop"] = "split"
     """What becomes of texts that are longer than a row. Longer sequences with images or answers are left out."""
     render: RenderOptions = RenderOptions()
+
+    @property
+    def stage(self) -> Literal["pretrain", "sft"]:
+        """What `render.t2i_ratio` counts: all samples with one image, or captions."""
+        return "pretrain" if self.packing == "pretrain" else "sft"
 
 
 class OptimizerSection(Section):

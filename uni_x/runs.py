@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import SafetensorError
@@ -142,10 +142,17 @@ def write_atomically(file: Path, content: str | bytes, writer: int = 0) -> None:
 
     `writer` tells apart processes that may write the same file at the same time.
     """
+    with writing_whole(file, writer) as stream:
+        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing_whole(file: Path, writer: int = 0) -> Iterator[IO[bytes]]:
+    """A stream whose content is at `file` once the block has ended, and nowhere if it fails; see `write_atomically`."""
     partial = file.with_name(f".{file.name}.{writer}.partial" if writer else f".{file.name}.partial")
     try:
         with writing_into(file.parent), partial.open("wb") as stream:
-            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)

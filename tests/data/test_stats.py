@@ -7,9 +7,10 @@ import torch
 import yaml
 from PIL import Image
 
+from uni_x.analysis.lengths import save_histogram
 from uni_x.data.packing import plan_rows
 from uni_x.data.schema import CodeGrid, Message, Sample
-from uni_x.data.stats import Lengths, TokenCounts, TooLong, save_histogram, statistics
+from uni_x.data.stats import Lengths, TokenCounts, TooLong, statistics
 from uni_x.errors import DataError, UsageError
 from uni_x.images import ImageTokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM

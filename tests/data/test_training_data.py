@@ -139,12 +139,17 @@ def test_a_fraction_is_the_same_part_in_every_pass(encoded_folder):
     assert {other_seed.sample(index).id for index in range(10)} == first
 
 
+def samples_of(stream, block):
+    size = stream._block_size
+    return stream._samples_between(block * size, (block + 1) * size, np.random.default_rng(0))
+
+
 def test_weights_are_shares_of_the_sequences(encoded_folder, make_stream, make_renderer, samples):
     drawn = encoded_folder([sample for sample in samples if sample.caption], "drawn")
     asked = encoded_folder([sample for sample in samples if sample.messages], "asked")
     stream = make_stream([Source(drawn, 3), Source(asked, 1)], renderer=make_renderer(t2i_ratio=1.0))
     for block in (0, 1, 5):
-        sources = Counter(sample.source for sample in stream._samples_of(block, np.random.default_rng(0)))
+        sources = Counter(sample.source for sample in samples_of(stream, block))
         assert sources["drawn"] / sources.total() == pytest.approx(0.75, abs=0.01)
     # over blocks no sample is lost between two quotas
     taken = [[stream._taken(number, count) for number in (0, 1)] for count in range(200)]

@@ -30,7 +30,7 @@ _WAYS = {"text": "text", "image": "images"}
 _SEES = {"own": "its own", "all": "all"}
 
 # matplotlib knows colours, not variables: each of these stands for one until the SVG is written
-_COLOURS = {
+COLOURS = {
     name: f"#0102{number:02x}" for number, name in enumerate(("ink", "faint", "line", "text", "image", "shared"))
 }
 
@@ -50,7 +50,7 @@ def loss_plot(steps: Sequence[float], losses: Sequence[float], modality: str) ->
 
     figure = Figure(figsize=(4.6, 2.7))
     axes = figure.add_axes((0.09, 0.17, 0.78, 0.79))
-    colour = _COLOURS[modality]
+    colour = COLOURS[modality]
     axes.plot(steps, losses, color=colour, linewidth=1.8, marker="o" if len(steps) < 12 else None, markersize=4)
     axes.plot(steps[-1:], losses[-1:], "o", color=colour, markersize=5, clip_on=False)
     axes.annotate(
@@ -65,15 +65,15 @@ def loss_plot(steps: Sequence[float], losses: Sequence[float], modality: str) ->
     )
     axes.set_ylim(0, max(losses) * 1.06 or 1)
     axes.set_xlim(0, max(steps) or 1)
-    axes.set_xlabel("step", color=_COLOURS["faint"], size=9, labelpad=4)
+    axes.set_xlabel("step", color=COLOURS["faint"], size=9, labelpad=4)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.grid(axis="y", color=_COLOURS["line"], linewidth=0.8)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_COLOURS["faint"], pad=5)
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
+    axes.tick_params(length=0, labelsize=9, labelcolor=COLOURS["faint"], pad=5)
     axes.set_axisbelow(True)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_COLOURS["line"])
+    axes.spines["bottom"].set_color(COLOURS["line"])
     first, last = (f"{losses[place]:.2f} at step {steps[place]:,.0f}" for place in (0, -1))
     return figure_to_svg(figure, f"Loss on {modality} tokens, from {first} to {last}", f"loss-{modality}")
 
@@ -89,7 +89,7 @@ def figure_to_svg(figure: "Figure", label: str, name: str) -> str:
     body = text[text.index('<g id="figure_1">') : text.rindex("</svg>")]
     body = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, body)
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body).replace("xlink:href", "href")
-    for variable, stand_in in _COLOURS.items():
+    for variable, stand_in in COLOURS.items():
         body = body.replace(stand_in, f"var(--ux-{variable})")
     width, height = figure.get_size_inches() * 72
     return wrap_svg(re.sub(r"\s*\n\s*", " ", body), width, height, label)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from uni_x.data.encode import REJECTS, read_record
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
-from uni_x.data.shards import MANIFEST, parquet_schema, shard_paths
+from uni_x.data.shards import MANIFEST, parquet_schema, read_manifest, shard_paths
 from uni_x.errors import DataError
 
 KINDS = {
@@ -371,13 +371,11 @@ def _read_manifest(folder: Path, faults: _Faults) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_bytes())
-        finished = manifest["finished"]
-    except (ValueError, KeyError, TypeError):
+    manifest = read_manifest(path)
+    if manifest is None:
         faults.add("manifest", Example(f"{MANIFEST} is not one of `uni-x encode`"))
         return None
-    if not finished:
+    if not manifest["finished"]:
         faults.add("unfinished", Example("run `uni-x encode` again, it will carry on"))
     return manifest
 

@@ -205,7 +205,7 @@ class TrainingStream(IterableDataset[Batch]):
     def batches_of(self, block: int) -> tuple[list[list[PackedRow]], int]:
         """The rows of a block, by batches, and how many of its samples are in none: too long, or refused."""
         rng = np.random.default_rng((self._seed, block))
-        samples = self._samples_of(block, rng)
+        samples = self._samples_between(block * self._block_size, (block + 1) * self._block_size, rng)
         sequences = self._render(samples, rng)
         rows, packed = self._pack(sequences)
         left_out = len(samples) - len(sequences) + packed.dropped
@@ -235,11 +235,12 @@ class TrainingStream(IterableDataset[Batch]):
     def _pack(self, sequences: list[Rendered]) -> tuple[list[PackedRow], PackingStatistics]:
         return pack(sequences, self._max_length, join=self._packing, split=self._split_long_texts)
 
-    def _samples_of(self, block: int, rng: np.random.Generator) -> list[Sample]:
+    def _samples_between(self, first: int, end: int, rng: np.random.Generator) -> list[Sample]:
+        """The samples of the mixture from place `first` to before `end`, shuffled."""
         samples = []
         for number, shards in enumerate(self._shards):
-            first, end = (self._taken(number, count * self._block_size) for count in (block, block + 1))
-            samples += [shards.sample(position) for position in range(first, end)]
+            places = range(self._taken(number, first), self._taken(number, end))
+            samples += [shards.sample(place) for place in places]
         return [samples[index] for index in rng.permutation(len(samples))]
 
     def _taken(self, source: int, samples: int) -> int:
@@ -249,9 +250,8 @@ class TrainingStream(IterableDataset[Batch]):
 
     def _choose_block_size(self) -> tuple[int, PackingStatistics]:
         """Samples in a block, so that it has some hundred rows, and what packing made of those that were tried."""
-        self._block_size = _TRIED
         rng = np.random.default_rng(self._seed)
-        samples = self._samples_of(0, rng)
+        samples = self._samples_between(0, _TRIED, rng)
         sequences = self._render(samples, rng)
         _, packed = self._pack(sequences)
         if not sequences:

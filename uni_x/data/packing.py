@@ -48,6 +48,11 @@ class PackingStatistics:
         """Between 0 and 1; 1 where there are no rows."""
         return self.tokens / (self.rows * self.max_length) if self.rows else 1.0
 
+    @property
+    def documents_per_row(self) -> float:
+        """The mean; 0 where there are no rows."""
+        return self.documents / self.rows if self.rows else 0.0
+
 
 class BestFit(Generic[Item]):
     """Best fit of items into a number of open rows: an item goes where it leaves the least room.
@@ -131,7 +136,7 @@ def _pieces(sequence: Rendered, max_length: int, split: bool) -> list[Rendered]:
     length = len(sequence.input_ids)
     if length <= max_length:
         return [sequence]
-    if sequence.kind != "text" or sequence.image_tokens or not split:
+    if not (split and sequence.can_be_cut):
         return []
     cuts = [slice(start, start + max_length) for start in range(0, length, max_length)]
     return [replace(sequence, input_ids=sequence.input_ids[cut], labels=sequence.labels[cut]) for cut in cuts]

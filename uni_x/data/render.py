@@ -69,6 +69,11 @@ class Rendered:
     source: str
     image_tokens: int  # how many of the ids are image codes
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it is text and nothing else, which may become several sequences."""
+        return self.kind == "text" and not self.image_tokens
+
 
 class Renderer:
     """Renders samples and prompts for one model."""

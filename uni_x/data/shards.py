@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -264,14 +264,23 @@ def _count_rows(path: Path) -> int:
         raise DataError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
 
 
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What `uni-x encode` noted about a folder, `finished` at the least; None for a file that is no such note."""
+    try:
+        content = json.loads(path.read_bytes())
+        content["finished"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return content
+
+
 def _check_finished(manifest: Path) -> None:
     if not manifest.is_file():
         return
-    try:
-        finished = json.loads(manifest.read_bytes())["finished"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{manifest}: not a manifest of `uni-x encode`; encode into another folder") from None
-    if not finished:
+    content = read_manifest(manifest)
+    if content is None:
+        raise DataError(f"{manifest}: not a manifest of `uni-x encode`; encode into another folder")
+    if not content["finished"]:
         raise DataError(f"{manifest.parent}: encoding has not finished; run `uni-x encode` again, it will carry on")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,21 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from uni_x.data.packing import PackingStatistics, plan_rows
 from uni_x.data.shards import ShuffledShards
-from uni_x.errors import DataError, UsageError
-from uni_x.runs import write_atomically
+from uni_x.errors import DataError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from uni_x.data.render import Rendered, Renderer
+    from uni_x.data.render import Renderer
     from uni_x.data.schema import Sample
 
 KINDS = ("draw", "describe", "converse", "text")
 _BARS = 60  # at most, in a histogram
 _RENDERED_AT_ONCE = 512
 _ROWS_TOGETHER = 512  # planned at once, about as many as training packs together
-_TONES = {"draw": "image", "describe": "shared", "converse": "text", "text": "faint"}
 
 
 @dataclass(frozen=True)
@@ -94,26 +89,6 @@ class TooLong:
 
 
 @dataclass(frozen=True)
-class PackingForecast:
-    """How as many sequences as were rendered, mixed by weight, fill rows of `max_length` tokens."""
-
-    max_length: int
-    rows: int
-    documents: int
-    tokens: int
-
-    @property
-    def fill(self) -> float:
-        """The share of the rows that holds tokens, between 0 and 1; 1 where there are no rows."""
-        return self.tokens / (self.rows * self.max_length) if self.rows else 1.0
-
-    @property
-    def documents_per_row(self) -> float:
-        """The mean; 0 where there are no rows."""
-        return self.documents / self.rows if self.rows else 0.0
-
-
-@dataclass(frozen=True)
 class DataStatistics:
     """What was counted. Everything but `folders` and `packing` is about the samples as they are there, unweighted.
 
@@ -123,7 +98,7 @@ class DataStatistics:
         lengths: of the sequences, uncut.
         histogram: of the same lengths.
         too_long: of them, those longer than a row.
-        packing: the forecast for the mixture.
+        packing: how as many sequences as were rendered, mixed by weight, fill rows; a forecast.
     """
 
     max_length: int
@@ -132,7 +107,7 @@ class DataStatistics:
     lengths: Lengths
     histogram: Histogram
     too_long: TooLong
-    packing: PackingForecast
+    packing: PackingStatistics
 
     @property
     def total(self) -> TokenCounts:
@@ -205,28 +180,6 @@ def statistics(
     )
 
 
-def save_histogram(statistics: DataStatistics, path: Path) -> None:
-    """Draws the lengths, stacked by kind, with a line at `max_length`, as SVG or PNG by the path's suffix.
-
-    Raises `UsageError` for another suffix, `RunError` where the file cannot be written.
-    """
-    from uni_x.analysis.plots import _COLOURS, PALETTE, figure_to_svg
-
-    suffix = path.suffix.lower()
-    if suffix == ".svg":
-        lengths = statistics.lengths
-        label = f"Lengths of {statistics.total.sequences:,} sequences, from {lengths.shortest} to {lengths.longest}"
-        write_atomically(path, figure_to_svg(_draw(statistics, _COLOURS), label, "lengths"))
-    elif suffix == ".png":
-        light = PALETTE[: PALETTE.index("@media")]
-        stream = io.BytesIO()
-        colours = dict(re.findall(r"--ux-(\w+): (#\w+)", light))
-        _draw(statistics, colours).savefig(stream, format="png", dpi=160, facecolor=colours["paper"])
-        write_atomically(path, stream.getvalue())
-    else:
-        raise UsageError(f"{path}: a picture's name ends in .svg or .png")
-
-
 @dataclass
 class _Folder:
     """What is kept of a folder's sequences: for each its length, its kind and whether it is text and nothing else."""
@@ -247,7 +200,7 @@ def _count(
             length = len(sequence.input_ids)
             lengths.append(length)
             kinds.append(KINDS.index(sequence.kind))
-            is_text.append(_is_text(sequence))
+            is_text.append(sequence.can_be_cut)
             sums[sequence.source, sequence.kind] += (1, length - sequence.image_tokens, sequence.image_tokens)
     counts = {key: TokenCounts(*values.tolist()) for key, values in sums.items()}
     return _Folder(np.asarray(lengths), np.asarray(kinds), np.asarray(is_text).astype(bool), counts)
@@ -260,11 +213,6 @@ def _batches(
     count = len(shards) if limit is None else min(limit, len(shards))
     for start in range(0, count, _RENDERED_AT_ONCE):
         yield [shards.sample(position) for position in range(start, min(start + _RENDERED_AT_ONCE, count))]
-
-
-def _is_text(sequence: Rendered) -> bool:
-    """Whether it can be cut into several."""
-    return sequence.kind == "text" and not sequence.image_tokens
 
 
 def _merge(counts: Sequence[Mapping[tuple[str, str], TokenCounts]]) -> dict[tuple[str, str], TokenCounts]:
@@ -329,9 +277,7 @@ def _mix(
     return lengths[order], is_text[order]
 
 
-def _forecast(lengths: np.ndarray, is_text: np.ndarray, max_length: int, join: bool, split: bool) -> PackingForecast:
-    from uni_x.data.packing import plan_rows
-
+def _forecast(lengths: np.ndarray, is_text: np.ndarray, max_length: int, join: bool, split: bool) -> PackingStatistics:
     pieces: list[int] = []
     for length, can_be_cut in zip(lengths.tolist(), (is_text & split).tolist(), strict=True):
         whole, rest = divmod(length, max_length)
@@ -341,59 +287,9 @@ def _forecast(lengths: np.ndarray, is_text: np.ndarray, max_length: int, join: b
             pieces += [max_length] * whole + [rest] * (rest > 0)
     tokens = sum(pieces)
     if not join or not pieces:
-        return PackingForecast(max_length, len(pieces), len(pieces), tokens)
+        return PackingStatistics(max_length, len(pieces), len(pieces), tokens)
     together = max(1, _ROWS_TOGETHER * max_length * len(pieces) // tokens)
     rows = sum(
         len(plan_rows(pieces[start : start + together], max_length)) for start in range(0, len(pieces), together)
     )
-    return PackingForecast(max_length, rows, len(pieces), tokens)
-
-
-def _draw(statistics: DataStatistics, colours: Mapping[str, str]) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    histogram, max_length = statistics.histogram, statistics.max_length
-    figure = Figure(figsize=(6.4, 3.4))
-    axes = figure.add_axes((0.13, 0.15, 0.84, 0.74))
-    axes.patch.set_visible(False)
-    bars = len(next(iter(histogram.counts.values())))
-    places = np.arange(bars) * histogram.width
-    below = np.zeros(bars)
-    for kind, counts in histogram.counts.items():
-        axes.bar(
-            places, counts, histogram.width, below, align="edge", color=colours[_TONES[kind]], linewidth=0, label=kind
-        )
-        below += counts
-    right = max(bars * histogram.width, max_length) * 1.04
-    axes.axvline(max_length, color=colours["ink"], linewidth=1.2, linestyle=(0, (4, 3)))
-    side = -1 if max_length > right / 2 else 1  # of the line, on which there is room for its name
-    axes.annotate(
-        f"max_length {max_length:,}",
-        (max_length, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4 * side, -9),
-        textcoords="offset points",
-        ha="left" if side > 0 else "right",
-        color=colours["ink"],
-        size=9,
-    )
-    axes.set_xlim(0, right)
-    axes.set_ylim(0, below.max() * 1.12)
-    beyond = ", and longer ones in the last bar" * (statistics.lengths.longest >= bars * histogram.width)
-    axes.set_xlabel(f"tokens in a sequence{beyond}", color=colours["faint"], size=9, labelpad=4)
-    axes.set_ylabel("sequences", color=colours["faint"], size=9, labelpad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.grid(axis="y", color=colours["line"], linewidth=0.8)
-    axes.tick_params(length=0, labelsize=9, labelcolor=colours["faint"], pad=5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(colours["line"])
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(KINDS), frameon=False, fontsize=9,
-        labelcolor=colours["faint"], handlelength=1, handleheight=1, borderpad=0,
-    )  # fmt: skip
-    return figure
+    return PackingStatistics(max_length, rows, len(pieces), tokens)

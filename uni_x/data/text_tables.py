@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from uni_x.errors import DataError, UsageError
-from uni_x.runs import writing_into
+from uni_x.runs import writing_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,7 +151,7 @@ class JsonLines:
 
     def copy(self, out: Path, changes: Changes) -> None:
         """See `Table`."""
-        with _whole_or_not(out) as stream:
+        with writing_whole(out) as stream:
             for row, line in self._rows():
                 if values := changes(row):
                     line = _splice(line, values)
@@ -191,7 +190,7 @@ class TabSeparated:
 
     def copy(self, out: Path, changes: Changes) -> None:
         """See `Table`."""
-        with _whole_or_not(out) as stream:
+        with writing_whole(out) as stream:
             raw, header = next(self._records())
             stream.write(raw.encode("utf-8"))
             for row, raw, fields in self._rows():
@@ -249,7 +248,7 @@ class PromptList:
 
     def copy(self, out: Path, changes: Changes) -> None:
         """See `Table`."""
-        with _whole_or_not(out) as stream:
+        with writing_whole(out) as stream:
             for row, end in self._rows():
                 stream.write((changes(row) or row.values)[PROMPT].encode("utf-8") + end)
 
@@ -285,7 +284,7 @@ class ParquetTable:
         """See `Table`."""
         import pyarrow.parquet as pq
 
-        with self._open() as file, _whole_or_not(out) as stream:
+        with self._open() as file, writing_whole(out) as stream:
             writer = pq.ParquetWriter(stream, file.schema_arrow, compression=_compression(file))
             with writer:
                 number = 0
@@ -417,18 +416,3 @@ def _dump(value: Any) -> str:
     except UnicodeEncodeError:  # a lone surrogate in a neighbouring field, which JSON alone can spell
         return json.dumps(value)
     return text
-
-
-@contextmanager
-def _whole_or_not(out: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content is at `out` once the block has ended, and nowhere if it fails."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with writing_into(out.parent), partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from uni_x.errors import ConfigError, DataError, RecipeError
 from uni_x.images.codebook import Codebook
-from uni_x.recipe import Section, check_recipe
+from uni_x.recipe import SquarePictures, check_recipe
 
 MODELS = {"janus": "janus_vqgan", "emu3": "emu3_vqgan", "chameleon": "chameleon_vqgan"}
 """The model types of whole models, each with that of its VQ part."""
@@ -50,11 +49,10 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class AdapterConfig(Section):
+class AdapterConfig(SquarePictures):
     """A VQ network of transformers: its model type, the side of its pictures, and its sizes by transformers' names."""
 
     model_type: Literal["janus_vqgan", "emu3_vqgan", "chameleon_vqgan"]
-    resolution: int = Field(ge=16)
     network: dict[str, Any]
 
     @property
@@ -63,24 +61,9 @@ class AdapterConfig(Section):
         return _pixels_per_code(self.network)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of a picture in codes."""
-        side = self.resolution // self.pixels_per_code
-        return side, side
-
-    @property
     def codebook_size(self) -> int:
         """Codes are 0 to this, less one."""
         return self.network["codebook_size" if self.model_type == "emu3_vqgan" else "num_embeddings"]
-
-    @model_validator(mode="after")
-    def _pictures_divide_into_codes(self) -> "AdapterConfig":
-        if self.resolution % self.pixels_per_code:
-            raise ValueError(
-                f"resolution is {self.resolution}, which must be a multiple of the "
-                f"{self.pixels_per_code} pixels of one code"
-            )
-        return self
 
     def to_folder(self) -> dict[str, Any]:
         """The `config.json` of a folder with the VQ model alone, which transformers reads too."""
@@ -151,24 +134,38 @@ def build_adapter(config: AdapterConfig) -> "JanusVQ | Emu3VQ | ChameleonVQ":
         raise ConfigError(f"no {config.model_type} has these sizes: {_one_line(error)}") from None
 
 
-class JanusVQ(nn.Module):
+class _Adapter(nn.Module):
+    """What the networks have in common: transformers' modules around a codebook of ours.
+
+    Args:
+        config: what the network is.
+        model: transformers' VQ model, whose own codebook gives way to one of `codebook`.
+    """
+
+    def __init__(self, config: AdapterConfig, model: Any, codebook: type[Codebook] = Codebook):
+        super().__init__()
+        self.encoder = model.encoder
+        self.quant_conv, self.post_quant_conv = model.quant_conv, model.post_quant_conv
+        self.quantize = codebook(config.codebook_size, config.network["embed_dim"])
+        # transformers' encoders keep what every block gives until they are done: about twice the memory of ours
+        self.floats_per_picture = 8 * config.network["base_channels"] * config.resolution**2
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(n, 3, height, width)` to latents `(n, embed_dim, h, w)`, not quantised."""
+        return self.quant_conv(self.encoder(pixels))
+
+
+class JanusVQ(_Adapter):
     """Janus' VQ network. A code is the row of the codebook nearest to the latent vector, as `JanusVQVAE.encode` finds
     it; `JanusVQVAE.decode`, and thus `decode_image_tokens`, begins with that row at length 1.
     """
 
     def __init__(self, config: AdapterConfig):
-        super().__init__()
         from transformers.models.janus.modeling_janus import JanusVQVAE
 
         model = JanusVQVAE(_config_class("janus_vqgan")(**config.network))
-        self.encoder, self.decoder = model.encoder, model.decoder
-        self.quant_conv, self.post_quant_conv = model.quant_conv, model.post_quant_conv
-        self.quantize = DirectionCodebook(config.codebook_size, config.network["embed_dim"])
-        self.floats_per_picture = _floats_per_picture(config)
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(n, 3, height, width)` to latents `(n, embed_dim, h, w)`, not quantised."""
-        return self.quant_conv(self.encoder(pixels))
+        super().__init__(config, model, DirectionCodebook)
+        self.decoder = model.decoder
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(n, embed_dim, h, w)` to pixels `(n, 3, height, width)`."""
@@ -183,7 +180,7 @@ class DirectionCodebook(Codebook):
         return F.normalize(super().latents(codes), dim=1)
 
 
-class Emu3VQ(nn.Module):
+class Emu3VQ(_Adapter):
     """Emu3's VQ network, which works on short films: a still picture is `temporal_downsample_factor` equal frames to
     its encoder, and the first frame of what its decoder makes.
 
@@ -192,15 +189,12 @@ class Emu3VQ(nn.Module):
     """
 
     def __init__(self, config: AdapterConfig):
-        super().__init__()
         from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
         model = Emu3VQVAE(_config_class("emu3_vqgan")(**config.network))
-        self.encoder, self.decoder = model.encoder, model.decoder
-        self.quant_conv, self.post_quant_conv = model.quant_conv, model.post_quant_conv
-        self.quantize = Codebook(config.codebook_size, config.network["embed_dim"])
+        super().__init__(config, model)
+        self.decoder = model.decoder
         self.frames = config.network["temporal_downsample_factor"]
-        self.floats_per_picture = _floats_per_picture(config)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(n, 3, height, width)` to latents `(n, embed_dim, h, w)`, not quantised."""
@@ -228,21 +222,13 @@ class Emu3VQ(nn.Module):
         return decoder.conv_out(F.silu(decoder.norm_out(hidden, guide)))
 
 
-class ChameleonVQ(nn.Module):
+class ChameleonVQ(_Adapter):
     """The half of Chameleon's VQ network that transformers has: pictures to codes."""
 
     def __init__(self, config: AdapterConfig):
-        super().__init__()
         from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
-        model = ChameleonVQVAE(_config_class("chameleon_vqgan")(**config.network))
-        self.encoder, self.quant_conv, self.post_quant_conv = model.encoder, model.quant_conv, model.post_quant_conv
-        self.quantize = Codebook(config.codebook_size, config.network["embed_dim"])
-        self.floats_per_picture = _floats_per_picture(config)
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(n, 3, height, width)` to latents `(n, embed_dim, h, w)`, not quantised."""
-        return self.quant_conv(self.encoder(pixels))
+        super().__init__(config, ChameleonVQVAE(_config_class("chameleon_vqgan")(**config.network)))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Raises `DataError`: there is no decoder."""
@@ -286,11 +272,6 @@ def _stated_resolution(kind: str, network: dict[str, Any], content: dict[str, An
 
 def _pixels_per_code(network: dict[str, Any]) -> int:
     return 2 ** max(0, len(network["channel_multiplier"]) - 1)
-
-
-def _floats_per_picture(config: AdapterConfig) -> int:
-    """Transformers' encoders keep what every block gives until they are done: about twice the memory of ours."""
-    return 8 * config.network["base_channels"] * config.resolution**2
 
 
 def _weight_files(folder: Path, prefix: re.Pattern[str]) -> list[Path]:

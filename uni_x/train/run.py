@@ -41,7 +41,7 @@ from uni_x.model_folder import ModelFolder, load_model_folder, save_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.callbacks import Checkpoint, Metrics, StopOnSignal, last_whole_checkpoint, read_metrics
-from uni_x.train.trainer import UniXTrainer, read_data_fingerprint, read_positions
+from uni_x.train.trainer import UniXTrainer, read_positions
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         start.text_tokenizer,
         Vocabulary.from_config(start.model.config),
         recipe.data.render,
-        "pretrain" if recipe.data.packing == "pretrain" else "sft",
+        recipe.data.stage,
     )
     _check_codes_are_of(start.image_tokenizer, recipe)
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
@@ -147,7 +147,7 @@ def _make_stream(
 ) -> TrainingStream:
     """This process's batches, from where the checkpoint has left them."""
     data = recipe.data
-    former = None if checkpoint is None else read_positions(checkpoint.path)
+    former, fingerprint = (None, None) if checkpoint is None else read_positions(checkpoint.path)
     positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
     vocabulary = renderer.vocabulary
     stream = TrainingStream(
@@ -161,7 +161,7 @@ def _make_stream(
         split_long_texts=data.long_texts == "split",
         position=positions[arguments.process_index],
     )
-    if checkpoint is not None and read_data_fingerprint(checkpoint.path) != stream.fingerprint:
+    if checkpoint is not None and fingerprint != stream.fingerprint:
         raise RunError(
             f"{checkpoint.path}: the data has changed since this checkpoint was written; give the sources back as they "
             "were, or begin a new run (run=…) from this one's model"

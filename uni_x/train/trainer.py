@@ -29,6 +29,7 @@ class UniXTrainer(Trainer):
     def __init__(self, optimizer_section: OptimizerSection, stream: TrainingStream, **kwargs: Any):
         self.optimizer_section = optimizer_section
         self._position = stream.position
+        self._left_out = 0  # samples, since the last log
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(train_dataset=stream, **kwargs)
 
@@ -51,18 +52,19 @@ class UniXTrainer(Trainer):
     ) -> Any:
         """As transformers', adds up the losses of text and image for the log, and follows the stream."""
         self._position = self._position.after(inputs)
-        left_out = torch.tensor(float(inputs.pop(LEFT_OUT)), device=self.args.device)
+        self._left_out += inputs.pop(LEFT_OUT)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("loss_text", "loss_image", "targets_text", "targets_image"):
             value = outputs[name].detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        for name, value in (("tokens", inputs["attention_mask"].sum().float()), ("left_out", left_out)):
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        tokens = inputs["attention_mask"].sum().float()
+        self._sums["tokens"] = self._sums["tokens"] + tokens if "tokens" in self._sums else tokens
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds mean losses by modality, and tokens and samples left out since the last log, over all ranks."""
         if "loss" in logs and self._sums:
+            self._sums["left_out"] = torch.tensor(float(self._left_out), device=self.args.device)
             names = list(self._sums)
             sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
             totals = dict(zip(names, sums, strict=True))
@@ -72,7 +74,7 @@ class UniXTrainer(Trainer):
             logs["tokens"] = totals["tokens"]
             if totals["left_out"]:
                 logs["left_out"] = totals["left_out"]
-            self._sums = {}
+            self._sums, self._left_out = {}, 0
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -95,8 +97,10 @@ class UniXTrainer(Trainer):
         (Path(output_dir) / POSITION_FILE.format(rank=self.args.process_index)).write_text(json.dumps(content))
 
 
-def read_positions(checkpoint: Path) -> list[StreamPosition]:
-    """Where the processes of a run stood when a checkpoint was written, in their order.
+def read_positions(checkpoint: Path) -> tuple[list[StreamPosition], str]:
+    """Where the processes of a run stood when a checkpoint was written, in their order, and in which stream.
+
+    The stream is given by its fingerprint.
 
     Raises:
         RunError: for a checkpoint without them.
@@ -105,13 +109,8 @@ def read_positions(checkpoint: Path) -> list[StreamPosition]:
         contents = [json.loads((checkpoint / POSITION_FILE.format(rank=0)).read_text())]
         for rank in range(1, contents[0]["processes"]):
             contents.append(json.loads((checkpoint / POSITION_FILE.format(rank=rank)).read_text()))
-        return [StreamPosition.from_json(content) for content in contents]
+        return [StreamPosition.from_json(content) for content in contents], contents[0]["data"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
             f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"
         ) from None
-
-
-def read_data_fingerprint(checkpoint: Path) -> str:
-    """The fingerprint of the stream that a checkpoint's positions, which `read_positions` has read, are in."""
-    return str(json.loads((checkpoint / POSITION_FILE.format(rank=0)).read_text()).get("data"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from uni_x.analysis.lengths import save_histogram
 from uni_x.data.check import KINDS, CheckReport, check
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
-from uni_x.data.stats import DataStatistics, TokenCounts, save_histogram, statistics
+from uni_x.data.stats import DataStatistics, TokenCounts, statistics
 from uni_x.errors import DataError, UsageError
 from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
 
@@ -136,7 +137,7 @@ def _model_renderer(model: Path, recipe: TrainRecipe | None = None) -> Renderer:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{model}: the text tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from None
     if recipe is not None:
-        return Renderer(tokenizer, Vocabulary.from_config(config), recipe.data.render, _stage(recipe))
+        return Renderer(tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)
     options = check_recipe(config.rendering or {}, RenderOptions, f"{model / 'config.json'}, rendering")
     return Renderer(tokenizer, Vocabulary.from_config(config), options)
 
@@ -152,11 +153,7 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
     config = make_config(recipe, image_tokenizer, text_tokenizer)
-    return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, _stage(recipe))
-
-
-def _stage(recipe: TrainRecipe) -> Literal["pretrain", "sft"]:
-    return "pretrain" if recipe.data.packing == "pretrain" else "sft"
+    return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)
 
 
 def _describe(found: DataStatistics) -> Iterator[str]:
