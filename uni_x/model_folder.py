@@ -54,10 +54,24 @@ def saving_whole(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
 
 
-def save_model_folder(folder: ModelFolder, path: str | Path) -> None:
-    """Writes the folder so that it is whole or not there; an older one at that place is replaced."""
+def save_model_folder(
+    folder: ModelFolder,
+    path: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    card: str | None = None,
+) -> None:
+    """Writes the folder so that it is whole or not there; an older one at that place is replaced.
+
+    Args:
+        folder: what is written.
+        path: where to.
+        weights: of the model, where they are not in it because several processes share them.
+        card: a text about the model, which becomes `README.md`.
+    """
     with saving_whole(path) as partial:
-        folder.model.save_pretrained(partial)
+        folder.model.save_pretrained(partial, state_dict=weights)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         folder.text_tokenizer.save_pretrained(partial)
         folder.image_tokenizer.save_pretrained(partial / IMAGE_TOKENIZER)
 

@@ -400,8 +400,43 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 3e-4
     muon_learning_rate: PositiveFloat = 0.02
+    vision_learning_rate: PositiveFloat | None = None
+    """Of what image tokens have of their own, in place of `learning_rate`; Muon's changes in proportion."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
+    state_from: str | None = None
+    """The run folder of an earlier training of the same model, which kept its checkpoint: its optimizer's state."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters in place of training the weights (Hu et al., 2021); the saved model has them merged."""
+
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    """Names that the matrices' names end in, or `all-linear` for all but the head."""
+    image_rows: bool = True
+    """Whether the embeddings of image codes and markers, and their rows of the head, are trained in full."""
+
+
+class ValidationSection(Section):
+    """Held-out data, of which the losses are worked out now and then."""
+
+    sources: Annotated[list[str], Field(min_length=1)]
+    """Folders that `uni-x encode` wrote."""
+    samples: PositiveInt = 512
+    """At most so many of each, the first."""
+    every: PositiveInt = 500
+    """Steps."""
+
+
+class DrawingsSection(Section):
+    """Pictures drawn during training, into the folder `drawings` of the run."""
+
+    prompts: Annotated[list[str], Field(min_length=1, max_length=64)]
+    every: PositiveInt = 500
+    """Steps."""
 
 
 class ImageSampling(Section):
@@ -423,8 +458,17 @@ class TrainRecipe(Section):
     text_tokenizer: TextTokenizerSection = TextTokenizerSection()
     model: ModelSection = ModelSection()
     data: DataSection
+    trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    """Patterns of the names of parameters that are trained, as `*.image.*`; one led by ! takes names out again."""
+    lora: LoraSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
+    validation: ValidationSection | None = None
+    drawings: DrawingsSection | None = None
     image_sampling: ImageSampling = ImageSampling()
+    keep_checkpoint: bool = False
+    """Whether the last checkpoint, with the optimizer's state, stays once training is done."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by, in the model card and in Weights & Biases."""
     trainer: dict[str, Any] = {}
     """Any argument of transformers' TrainingArguments; `max_steps` among them."""
     device: str = "auto"

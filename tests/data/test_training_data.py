@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import uni_x
 from uni_x.data import shards
 from uni_x.data.collate import Collator
-from uni_x.data.dataset import LEFT_OUT, POSITION, Source, StreamPosition, TrainingStream, start_positions
+from uni_x.data.dataset import NOTES, Source, StreamPosition, TrainingStream, start_positions
 from uni_x.data.schema import Message, Sample
 from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
@@ -78,7 +78,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would(make_stream, small_b
         for stopped_after in (1, 7, 22):
             position = starts[rank]
             for batch in batches(starts, rank, stopped_after):
-                position = position.after(batch)
+                position = position.after(batch[NOTES])
             former = list(starts)
             former[rank] = StreamPosition.from_json(json.loads(json.dumps(position.to_json())))
             resumed = batches(start_positions(processes, workers, former), rank, 12)
@@ -93,7 +93,7 @@ def test_with_other_processes_nothing_is_lost_or_repeated(encoded_folder, make_s
         for rank, position in enumerate(positions):
             stream = make_stream([Source(folder)], position=position)
             for batch in islice(DataLoader(stream, batch_size=None, num_workers=len(position.workers)), counts[rank]):
-                position = position.after(batch)
+                position = position.after(batch[NOTES])
                 seen.append(batch)
             stood.append(position)
         return seen, stood
@@ -141,7 +141,8 @@ def test_a_fraction_is_the_same_part_in_every_pass(encoded_folder):
 
 def samples_of(stream, block):
     size = stream._block_size
-    return stream._samples_between(block * size, (block + 1) * size, np.random.default_rng(0))
+    between = stream._samples_between(block * size, (block + 1) * size, np.random.default_rng(0))
+    return [sample for _, sample in between]
 
 
 def test_weights_are_shares_of_the_sequences(encoded_folder, make_stream, make_renderer, samples):
@@ -183,8 +184,8 @@ def test_samples_that_a_template_refuses_are_left_out_and_counted(encoded_folder
     template += "{{ messages | map(attribute='content') | join(' ') }}"
     stream = make_stream([Source(folder)], renderer=make_renderer(template=template))
     batches = list(islice(stream, 600))
-    blocks = {int(batch[POSITION][1]) for batch in batches}
-    left_out = sum(batch[LEFT_OUT] for batch in batches)
+    blocks = {batch[NOTES].block for batch in batches}
+    left_out = sum(batch[NOTES].left_out for batch in batches)
     assert left_out == pytest.approx(len(blocks) * stream._block_size / 40, rel=0.1)
     assert "left out: sample '3', messages: the template refuses them (no system)" in caplog.text
     with pytest.raises(DataError, match="none of the first 512 samples can be rendered"):
@@ -229,8 +230,7 @@ def test_a_position_says_where_the_process_stands(make_stream, small_blocks):
     stream = make_stream()
     position = stream.position
     for batch in islice(stream, 10):
-        position = position.after(batch)
-        assert POSITION not in batch
+        position = position.after(batch[NOTES])
     assert position.batches == 10
     (worker,) = position.workers
     (block, used), *_ = worker.left

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from uni_x.data.packing import PackedRow, PackingStatistics, pack
 from uni_x.data.render import Rendered, Renderer
 from uni_x.data.schema import Sample
-from uni_x.data.shards import ShuffledShards
+from uni_x.data.shards import ShuffledShards, iterate_samples
 from uni_x.errors import DataError
 
-POSITION = "position"  # the key in a batch under which its place in the stream is
-LEFT_OUT = "left_out"  # how many samples of a batch's block are in no batch, with the first batch of the block
+NOTES = "notes"  # the key in a batch of what the model does not see
 _TRIED = 512
 _BLOCK_TOKENS = 2**21
 _MOST_ROWS = 512  # of a block
@@ -48,6 +48,27 @@ class Source:
     path: str | Path
     weight: float = 1.0
     fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class BatchNotes:
+    """What is known of a batch beside its tensors.
+
+    Attributes:
+        worker, block, used: its place in the stream: the batch is the `used`-th of a block that a worker has built.
+        left_out: with the first batch of a block, how many samples of the block are in no batch.
+        tokens: how many text and image tokens it has.
+        sample_ids: of the documents in each row.
+        folders: `(batch, length)`, which of the mixed folders each token comes from; -1 for padding.
+    """
+
+    worker: int
+    block: int
+    used: int
+    left_out: int
+    tokens: tuple[int, int]
+    sample_ids: tuple[tuple[str, ...], ...]
+    folders: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -84,11 +105,10 @@ class StreamPosition:
     workers: tuple[WorkerPosition, ...]
     batches: int = 0
 
-    def after(self, batch: Batch) -> StreamPosition:
-        """Where the process stands once a batch is used up; takes the batch's position out of it."""
-        worker, block, used = (int(number) for number in batch.pop(POSITION))
+    def after(self, batch: BatchNotes) -> StreamPosition:
+        """Where the process stands once a batch is used up."""
         workers = list(self.workers)
-        workers[worker] = workers[worker].after(block, used)
+        workers[batch.worker] = workers[batch.worker].after(batch.block, batch.used)
         return StreamPosition(tuple(workers), self.batches + 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -170,6 +190,7 @@ class TrainingStream(IterableDataset[Batch]):
         self._bounds = np.concatenate(([0.0], np.cumsum(weights / weights.sum())))
         self._bounds[-1] = 1.0
         self._renderer = renderer
+        self._first_code = renderer.vocabulary.image_token_offset
         self._collate = collate
         self._max_length = max_length
         self._batch_size = batch_size
@@ -198,8 +219,19 @@ class TrainingStream(IterableDataset[Batch]):
             block, used = position.left[0]
             batches, left_out = self.batches_of(block)
             for number in range(used, len(batches)):
-                place = {POSITION: np.array([own, block, number + 1]), LEFT_OUT: 0 if number else left_out}
-                yield self._collate(batches[number]) | place
+                rows = batches[number]
+                image_tokens = sum(int((row.input_ids >= self._first_code).sum()) for row in rows)
+                yield self._collate(rows) | {
+                    NOTES: BatchNotes(
+                        own,
+                        block,
+                        number + 1,
+                        0 if number else left_out,
+                        (sum(len(row.input_ids) for row in rows) - image_tokens, image_tokens),
+                        tuple(row.sample_ids for row in rows),
+                        _folders_of_tokens(rows),
+                    )
+                }
             position = position.next()
 
     def batches_of(self, block: int) -> tuple[list[list[PackedRow]], int]:
@@ -216,18 +248,24 @@ class TrainingStream(IterableDataset[Batch]):
         # The rows at the end are the least full ones, and sorted by the lengths of their documents.
         return self._cut([rows[index] for index in rng.permutation(len(rows))]), left_out
 
-    def _render(self, samples: list[Sample], rng: np.random.Generator) -> list[Rendered]:
+    def _render(self, samples: list[tuple[int, Sample]], rng: np.random.Generator) -> list[Rendered]:
         """Sequences of the samples; those that layout or template refuse are left out, and the log says why."""
         try:
-            return self._renderer.render_all(samples, rng)
+            rendered: Sequence[Rendered | None] = self._renderer.render_all([sample for _, sample in samples], rng)
         except DataError:
-            sequences = []
-            for sample in samples:
-                try:
-                    sequences.append(self._renderer.render(sample, rng))
-                except DataError as error:
-                    logger.warning("left out: %s", error)
-            return sequences
+            rendered = [self._try_to_render(sample, rng) for _, sample in samples]
+        return [
+            replace(sequence, folder=folder)
+            for (folder, _), sequence in zip(samples, rendered, strict=True)
+            if sequence is not None
+        ]
+
+    def _try_to_render(self, sample: Sample, rng: np.random.Generator) -> Rendered | None:
+        try:
+            return self._renderer.render(sample, rng)
+        except DataError as error:
+            logger.warning("left out: %s", error)
+            return None
 
     def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
@@ -235,12 +273,12 @@ class TrainingStream(IterableDataset[Batch]):
     def _pack(self, sequences: list[Rendered]) -> tuple[list[PackedRow], PackingStatistics]:
         return pack(sequences, self._max_length, join=self._packing, split=self._split_long_texts)
 
-    def _samples_between(self, first: int, end: int, rng: np.random.Generator) -> list[Sample]:
-        """The samples of the mixture from place `first` to before `end`, shuffled."""
+    def _samples_between(self, first: int, end: int, rng: np.random.Generator) -> list[tuple[int, Sample]]:
+        """The samples of the mixture from place `first` to before `end`, each with its folder's number, shuffled."""
         samples = []
         for number, shards in enumerate(self._shards):
             places = range(self._taken(number, first), self._taken(number, end))
-            samples += [shards.sample(place) for place in places]
+            samples += [(number, shards.sample(place)) for place in places]
         return [samples[index] for index in rng.permutation(len(samples))]
 
     def _taken(self, source: int, samples: int) -> int:
@@ -261,3 +299,34 @@ class TrainingStream(IterableDataset[Batch]):
         wanted = min(max(_BLOCK_TOKENS // self._max_length, 1), _MOST_ROWS)
         rows = packed.tokens / self._max_length if self._packing else packed.rows
         return max(1, round(wanted * len(sequences) / rows)), packed
+
+
+def held_out_batches(
+    folders: Sequence[str | Path],
+    renderer: Renderer,
+    collate: Callable[[Sequence[PackedRow]], Batch],
+    max_length: int,
+    batch_size: int,
+    samples: int,
+    *,
+    packing: bool = True,
+) -> list[Batch]:
+    """The same batches each time, of the first `samples` of each folder.
+
+    Raises `DataError` where no sample fits into a row, and as `TrainingStream` does.
+    """
+    rng = np.random.default_rng(0)
+    codebook_size = renderer.vocabulary.image_codebook_size
+    chosen = [sample for folder in folders for sample in islice(iterate_samples(folder, codebook_size), samples)]
+    rows, _ = pack(renderer.render_all(chosen, rng), max_length, join=packing)
+    if not rows:
+        raise DataError(f"{', '.join(map(str, folders))}: no held-out sample fits into {max_length} tokens")
+    return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _folders_of_tokens(rows: Sequence[PackedRow]) -> np.ndarray:
+    """`(rows, length)` int16: the folder of each token, -1 for padding."""
+    folders = np.full((len(rows), max(len(row.document_ids) for row in rows)), -1, dtype=np.int16)
+    for of_row, row in zip(folders, rows, strict=True):
+        of_row[: len(row.document_ids)] = np.array(row.folders, dtype=np.int16)[row.document_ids - 1]
+    return folders

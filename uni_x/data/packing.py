@@ -21,12 +21,15 @@ Item = TypeVar("Item")
 class PackedRow:
     """Documents one after the other; each one's first label is -100, so that none predicts the next.
 
-    `document_ids` count the documents from 1. All three are int64 of one length.
+    `document_ids` count the documents from 1. All three are int64 of one length. `sample_ids` and `folders` say of each
+    document which sample it is, and which of the mixed folders that comes from.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     document_ids: np.ndarray
+    sample_ids: tuple[str, ...] = ()
+    folders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,4 +153,6 @@ def _join(documents: list[Rendered]) -> PackedRow:
         input_ids=np.concatenate([document.input_ids for document in documents]),
         labels=labels,
         document_ids=np.repeat(np.arange(1, len(documents) + 1), lengths),
+        sample_ids=tuple(document.sample_id for document in documents),
+        folders=tuple(document.folder for document in documents),
     )

@@ -68,6 +68,8 @@ class Rendered:
     kind: str  # draw, describe, converse or text
     source: str
     image_tokens: int  # how many of the ids are image codes
+    sample_id: str = ""
+    folder: int = 0  # which of the folders that are mixed it comes from
 
     @property
     def can_be_cut(self) -> bool:
@@ -271,7 +273,7 @@ def _assemble(
             trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
     labels = np.where(trained, input_ids, IGNORED)
     image_tokens = sum(len(image.codes) for image in sample.images)
-    return Rendered(input_ids, labels, kind, sample.source, image_tokens)
+    return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
 
 
 def _parts(segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray]) -> list[np.ndarray]:

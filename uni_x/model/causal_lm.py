@@ -29,6 +29,8 @@ class UniXOutput(CausalLMOutputWithPast):
         cache: where `use_cache`.
         loss_text, loss_image: sums of cross entropy over the text targets and over the image codes, in nats.
         targets_text, targets_image: how many there are of each.
+        target_losses: `(batch, length)` cross entropy at each position that has a target, 0 elsewhere; None where
+            Liger's kernel computes the loss, which gives sums alone.
     """
 
     cache: UniXCache | None = None  # type: ignore[assignment]
@@ -36,6 +38,7 @@ class UniXOutput(CausalLMOutputWithPast):
     loss_image: torch.Tensor | None = None
     targets_text: torch.Tensor | None = None
     targets_image: torch.Tensor | None = None
+    target_losses: torch.Tensor | None = None
 
 
 class UniXPreTrainedModel(PreTrainedModel):
@@ -128,7 +131,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.advance(layout)
         if targets is not None:
-            return self._losses(hidden, targets, num_items_in_batch, cache)
+            return self._losses(hidden, targets, layout, num_items_in_batch, cache)
         logits = self._logits(hidden, layout, logits_to_keep, vocabulary_range)
         return UniXOutput(logits=logits, cache=cache)
 
@@ -155,7 +158,12 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         return head(hidden, *arguments, **options)
 
     def _losses(
-        self, hidden: torch.Tensor, targets: Targets, items: torch.Tensor | int | None, cache: UniXCache | None
+        self,
+        hidden: torch.Tensor,
+        targets: Targets,
+        layout: TokenLayout,
+        items: torch.Tensor | int | None,
+        cache: UniXCache | None,
     ) -> UniXOutput:
         config = self.config
         first = config.image_token_offset
@@ -166,7 +174,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             image_weight=config.image_loss_weight,
             z_loss=config.z_loss,
         )
-        total, loss_text, loss_image = self._run_head(hidden, targets, options)
+        total, loss_text, loss_image, losses = self._run_head(hidden, targets, options)
         counts = [torch.tensor(size, device=total.device) for size in targets.sizes]
         divisor = max(1, sum(targets.sizes)) if items is None else torch.as_tensor(items).clamp(min=1)
         return UniXOutput(
@@ -176,6 +184,7 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
             loss_image=loss_image,
             targets_text=counts[0],
             targets_image=counts[1],
+            target_losses=None if losses.shape != targets.ids.shape else _in_place(losses, targets, layout),
         )
 
     @torch.compiler.disable
@@ -208,3 +217,9 @@ class UniXForCausalLM(UniXPreTrainedModel, GenerationMixin):
         """`generate()` asks for its cache here; ours is made by the first forward."""
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             model_kwargs["use_cache"] = True
+
+
+def _in_place(losses: torch.Tensor, targets: Targets, layout: TokenLayout) -> torch.Tensor:
+    """`(targets,)` losses to `(batch, length)`, each where its target is predicted."""
+    of_tokens = losses.new_zeros(layout.order.shape[0])
+    return layout.unflatten(of_tokens.index_copy(0, targets.rows, losses))

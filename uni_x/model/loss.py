@@ -63,10 +63,11 @@ class LanguageModelHead(nn.Linear):
         targets: Targets | None = None,
         options: LossOptions | None = None,
         vocabulary_range: tuple[int, int] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(tokens, hidden_size)` to logits `(tokens, vocab_size)`, or to three sums over targets, in nats.
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """`(tokens, hidden_size)` to logits `(tokens, vocab_size)`, or to losses of targets, in nats.
 
-        The three are the weighted total, which alone carries a gradient, and the plain text and image losses.
+        The losses are the weighted total, which alone carries a gradient, the plain sums of text and image, and the
+        plain loss of each target, empty where Liger's kernel is used, which gives sums alone.
         `vocabulary_range` asks for the logits of the ids from its first to before its last alone.
         """
         return apply_head(hidden, self.weight, targets, options, vocabulary_range)
@@ -78,7 +79,7 @@ def apply_head(
     targets: Targets | None = None,
     options: LossOptions | None = None,
     vocabulary_range: tuple[int, int] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """What `LanguageModelHead` computes, with a weight `(vocab_size, hidden_size)` from elsewhere."""
     if targets is not None and options is not None:
         chosen = hidden.index_select(0, targets.rows)
@@ -103,7 +104,7 @@ def liger_loss() -> Callable[..., Any] | None:
 
 def _losses_by_liger(
     hidden: torch.Tensor, weight: torch.Tensor, targets: Targets, options: LossOptions, kernel: Callable[..., Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     fused = kernel(
         reduction="sum", lse_square_scale=options.z_loss, return_z_loss=True, accum_dtype=torch.float32
     )  # its loss holds the z-loss, which it returns apart too
@@ -119,7 +120,7 @@ def _losses_by_liger(
         output = fused(weight[first:last], rows, ids - first)
         total = total + loss_weight * output.loss.float()
         plain.append((output.loss - output.z_loss).detach().float())
-    return total, plain[0], plain[1]
+    return total, plain[0], plain[1], hidden.new_empty(0, dtype=torch.float32)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -131,6 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         plain = []
         start = 0
         for size, loss_weight, vocabulary in zip(
@@ -141,23 +143,24 @@ class _ChunkedLoss(torch.autograd.Function):
         ):
             part = slice(start, start + size)
             first, last = vocabulary
-            loss, z_loss = _sum_over_chunks(
+            z_loss = _work_in_chunks(
                 hidden[part],
                 weight[first:last],
                 targets.ids[part] - first,
+                losses[part],
                 None if hidden_gradient is None else hidden_gradient[part],
                 None if weight_gradient is None else weight_gradient[first:last],
                 loss_weight,
                 options.z_loss,
             )
-            total += loss_weight * (loss + options.z_loss * z_loss)
-            plain.append(loss)
+            plain.append(losses[part].sum())
+            total += loss_weight * (plain[-1] + options.z_loss * z_loss)
             start += size
         gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
         ctx.save_for_backward(hidden_gradient, gradient)
         ctx.spent = False
-        ctx.mark_non_differentiable(*plain)
-        return total, *plain
+        ctx.mark_non_differentiable(*plain, losses)
+        return total, *plain, losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
@@ -178,18 +181,18 @@ def _vocabularies(vocab_size: int, options: LossOptions) -> tuple[tuple[int, int
     return (0, vocab_size), (0, vocab_size)
 
 
-def _sum_over_chunks(
+def _work_in_chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
+    losses: torch.Tensor,
     hidden_gradient: torch.Tensor | None,
     weight_gradient: torch.Tensor | None,
     loss_weight: float,
     z_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of cross entropy and of the squared log-partition; adds their weighted gradients in place."""
-    loss = hidden.new_zeros((), dtype=torch.float32)
-    z_loss = torch.zeros_like(loss)
+) -> torch.Tensor:
+    """Fills in the cross entropies and gives the sum of squared log-partitions; adds weighted gradients in place."""
+    z_loss = hidden.new_zeros((), dtype=torch.float32)
     count = hidden.shape[0]
     chunks = -(-count * 4 * weight.shape[0] // CHUNK_BYTES)
     chunk = max(1, -(-count // max(1, chunks)))
@@ -206,7 +209,7 @@ def _sum_over_chunks(
         # a CPU's softmax over the last dimension works row by row, and may write where it reads
         gradient = torch.softmax(logits, dim=-1, out=logits if on_cpu else None)
         partition = top - gradient.gather(1, place).log()
-        loss += (partition - of_target).sum()
+        losses[rows] = (partition - of_target)[:, 0]
         z_loss += partition.square().sum()
         if hidden_gradient is None and weight_gradient is None:
             continue
@@ -223,4 +226,4 @@ def _sum_over_chunks(
                 weight_gradient.addmm_(gradient.t(), part)
             else:
                 weight_gradient += gradient.t() @ part
-    return loss, z_loss
+    return z_loss

@@ -1,57 +1,53 @@
-"""What happens around a training step: stopping cleanly, finding whole checkpoints, the log and the progress line."""
+"""What happens around a training step: stopping cleanly, the log and the progress line."""
 
 import json
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from uni_x.generation.pipeline import UniXPipeline
+from uni_x.model_folder import ModelFolder
+from uni_x.recipe import DrawingsSection
+from uni_x.runs import write_atomically
+from uni_x.train.trainer import UniXTrainer
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint of the Trainer that was written to its end."""
-
-    path: Path
-    step: int
-    max_steps: int
-
-
-def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, None where there is none. What the Trainer writes last is its state."""
-    whole = []
-    for file in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue  # cut off while it was written
-        whole.append(Checkpoint(file.parent, state["global_step"], state["max_steps"]))
-    return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
-
-
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM to any process, all finish the step, save a checkpoint and stop; a second one stops at once.
+
+    It has the signals while it is used as a context; set `trainer` before that.
+    """
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.trainer: UniXTrainer | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @property
+    def stopped(self) -> bool:
+        """Whether training has ended before its time."""
+        return self.trainer is not None and self.trainer.stop_agreed
+
+    def __enter__(self) -> None:
         """Takes over the signals, in the main thread, where alone that is possible."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request_stop)
+
+    def __exit__(self, *error: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks the Trainer to save and to stop."""
@@ -59,30 +55,24 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
     def _request_stop(self, number: int, frame: Any) -> None:
-        if self.stopped:
+        if self.trainer is None or (self.trainer.stop_requested and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self.stopped = True
+        self.trainer.stop_requested = True
 
 
 class Metrics(TrainerCallback):
     """Writes each log entry to `metrics.jsonl` and tells `progress` about every step.
 
     Args:
-        file: where the entries go; those of steps after the one that a run resumes from are dropped.
+        file: where the entries go, and those of validation to `validation.jsonl` beside it; what a run had logged
+            beyond the step that it resumes from is dropped.
         progress: called with the step, the number of steps and the newest losses.
     """
 
     def __init__(self, file: Path, progress: Callable[[int, int, dict[str, float]], None] | None = None):
         self.file = file
+        self.validation_file = file.with_name("validation.jsonl")
         self.progress = progress
         self._newest: dict[str, float] = {}
         self._since = time.perf_counter()
@@ -91,9 +81,11 @@ class Metrics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops what a run that was stopped had logged beyond its checkpoint."""
-        kept = [entry for entry in read_metrics(self.file) if entry["step"] <= state.global_step]
         if state.is_world_process_zero:
-            self.file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            for file in (self.file, self.validation_file):
+                kept = [entry for entry in read_metrics(file) if entry["step"] <= state.global_step]
+                if kept or file.exists():
+                    file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self._since = time.perf_counter()
 
     def on_log(
@@ -104,23 +96,77 @@ class Metrics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        """Writes one line, of training or of validation."""
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & set(logs):
             return
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        entry = {"step": state.global_step, "seconds": seconds, **logs}
-        entry["tokens_per_second"] = logs.get("tokens", 0.0) / seconds
-        self._newest = entry
-        with self.file.open("a") as stream:
+        entry = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            now = time.perf_counter()
+            entry["seconds"], self._since = now - self._since, now
+            self._newest = entry
+        with (self.file if "loss" in logs else self.validation_file).open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
-        losses = ", ".join(f"{name} {entry[name]:.4f}" for name in ("loss_text", "loss_image") if name in entry)
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if "loss_" in name)
         logger.info("step %d of %d: %s", state.global_step, state.max_steps, losses)
+
+    def last(self) -> dict[str, float]:
+        """The newest entry of training."""
+        entries = read_metrics(self.file)
+        return entries[-1] if entries else {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the progress line on."""
         if self.progress is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self._newest)
+
+
+class Drawings(TrainerCallback):
+    """Draws pictures every so many steps, into a folder of their own for each of these steps.
+
+    Args:
+        section: what is drawn, and when.
+        folder: the model that is trained, with its tokenizers.
+        out: where the folders go.
+        seed: of the first picture; those after it follow.
+    """
+
+    def __init__(self, section: DrawingsSection, folder: ModelFolder, out: Path, seed: int):
+        self.section = section
+        self.folder = folder
+        self.out = out
+        self.seed = seed
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draws in the first process, with weights that every process helps to put together."""
+        if state.global_step % self.section.every and state.global_step != state.max_steps:
+            return
+        with whole_weights(self.folder.model):
+            if state.is_world_process_zero:
+                self._draw(self.out / f"step-{state.global_step:06}")
+
+    def _draw(self, folder: Path) -> None:
+        training = self.folder.model.training
+        self.folder.model.eval()
+        with torch.no_grad():
+            pictures = UniXPipeline(self.folder).draw(self.section.prompts, seed=self.seed)
+        self.folder.model.train(training)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures, start=1):
+            picture.save(folder / f"{number}.png")
+        write_atomically(folder / "prompts.txt", "\n".join(self.section.prompts) + "\n")
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Puts the weights together that ZeRO-3 has taken apart, in every process, to be looked at alone."""
+    apart = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not apart:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(apart):
+        yield
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

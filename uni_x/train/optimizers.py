@@ -118,6 +118,11 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x if wide else x.mT
 
 
+def is_of_images(name: str) -> bool:
+    """Whether a parameter of this name belongs to image tokens alone."""
+    return ".image." in name
+
+
 def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 

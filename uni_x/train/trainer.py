@@ -1,20 +1,28 @@
 """The Trainer of transformers, with losses apart by modality and data that goes on where it was."""
 
-import json
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.modeling_utils import unwrap_model
 
-from uni_x.data.dataset import LEFT_OUT, StreamPosition, TrainingStream
+from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
 from uni_x.errors import RunError
 from uni_x.recipe import OptimizerSection
-from uni_x.train.optimizers import MuonWithAdamW
+from uni_x.train.checkpoints import Checkpoint, Standing, last_whole_checkpoint, retried, write_standing
+from uni_x.train.optimizers import MuonWithAdamW, is_of_images
+from uni_x.train.telemetry import LOSSES, Telemetry
 
-POSITION_FILE = "data_position_{rank}.json"
+logger = logging.getLogger(__name__)
+
+IDS_SHOWN = 5
 
 
 class UniXTrainer(Trainer):
@@ -23,21 +31,78 @@ class UniXTrainer(Trainer):
     Args:
         optimizer_section: which optimizer to make.
         stream: this process's data.
+        folders: names of the mixed folders, for the log.
+        held_out: batches to validate on, the same in every process; each takes its share of them.
+        tokens_seen: text and image tokens that all processes together had trained on before.
         **kwargs: as for transformers' Trainer.
     """
 
-    def __init__(self, optimizer_section: OptimizerSection, stream: TrainingStream, **kwargs: Any):
+    def __init__(
+        self,
+        optimizer_section: OptimizerSection,
+        stream: TrainingStream,
+        folders: Sequence[str],
+        held_out: Sequence[Batch] = (),
+        tokens_seen: tuple[int, int] = (0, 0),
+        **kwargs: Any,
+    ):
         self.optimizer_section = optimizer_section
-        self._position = stream.position
-        self._left_out = 0  # samples, since the last log
-        self._sums: dict[str, torch.Tensor] = {}
-        super().__init__(train_dataset=stream, **kwargs)
+        self.stop_requested = False  # by a signal that this process got
+        self.stop_agreed = False  # by all processes, so that they stop at the same step
+        super().__init__(train_dataset=stream, eval_dataset=held_out or None, **kwargs)
+        self._stream = stream
+        self._position = self._position_before = stream.position
+        self._finished: Path | None = None  # a checkpoint of the last step, where there is nothing left to do
+        self._begun = -1  # the step whose batches come in
+        self._tokens_seen = [tokens_seen[0], tokens_seen[1]] if self.args.process_index == 0 else [0, 0]
+        self._telemetry = Telemetry(
+            self.bare_model.config,
+            folders,
+            self.args.device,
+            self.args.world_size,
+            tokens_seen,
+            self._sum,
+        )
+
+    @property
+    def bare_model(self) -> Any:
+        """The model without what engines have put around it."""
+        model: Any = self.model
+        return unwrap_model(model)
+
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Trains to the end, from a checkpoint where there is one."""
+        if checkpoint is not None and checkpoint.step >= checkpoint.max_steps:
+            self._finished = checkpoint.path
+            if not self._is_sharded:
+                self._load_from_checkpoint(str(checkpoint.path))
+            return
+        if checkpoint is not None:
+            logger.info("going on from %s", checkpoint.path.name)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights, by name, where no process has them all; every process has to call it. None elsewhere."""
+        if not self._is_sharded:
+            return None
+        if self._finished is None:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        files = sorted(self._finished.glob("*.safetensors"))
+        return {name: weight for file in files for name, weight in load_file(file).items()}
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the weights are taken apart among the processes."""
+        plugin = self.args.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the recipe; transformers' own where the recipe says adamw."""
+        """The optimizer of the recipe, with a learning rate of its own for what images have of their own."""
         section = self.optimizer_section
         nn_model: Any = model or self.model
-        if self.optimizer is None and section.name == "muon":
+        if self.optimizer is not None:
+            return self.optimizer
+        if section.name == "muon":
             self.optimizer = MuonWithAdamW(
                 nn_model,
                 muon_lr=section.muon_learning_rate,
@@ -45,43 +110,77 @@ class UniXTrainer(Trainer):
                 betas=section.betas,
                 weight_decay=section.weight_decay,
             )
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if section.vision_learning_rate is not None:
+            _split_off_images(optimizer, nn_model, section.vision_learning_rate / section.learning_rate)
+        return optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As transformers', adds up the losses of text and image for the log, and follows the stream."""
-        self._position = self._position.after(inputs)
-        self._left_out += inputs.pop(LEFT_OUT)
+        """As transformers' does, follows the stream, and lets all processes agree on whether to go on.
+
+        Raises:
+            RunError: in every process, once a checkpoint is saved, where the loss of one is not a number.
+        """
+        notes: BatchNotes = inputs.pop(NOTES)
+        if self._begun != self.state.global_step:
+            self._begun, self._position_before = self.state.global_step, self._position
+        labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        for name in ("loss_text", "loss_image", "targets_text", "targets_image"):
-            value = outputs[name].detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        tokens = inputs["attention_mask"].sum().float()
-        self._sums["tokens"] = self._sums["tokens"] + tokens if "tokens" in self._sums else tokens
+        is_odd = not torch.isfinite(loss.detach()).item()
+        if self._agree(is_odd, self.stop_requested):
+            self._stop_for_an_odd_loss(loss.item(), notes if is_odd else None)
+        self._position = self._position.after(notes)
+        for kind in (0, 1):
+            self._tokens_seen[kind] += notes.tokens[kind]
+        self._telemetry.add(labels, notes, outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` added up over all processes."""
+        total: Any = self.accelerator.reduce(values, "sum")
+        return total
+
+    def _agree(self, is_odd: bool, stop: bool) -> bool:
+        """Whether the loss of any process is not a number; settles on the way whether all stop after this step."""
+        flags = torch.tensor([is_odd, stop], dtype=torch.int32)
+        if self.args.world_size > 1:
+            flags = self._sum(flags.to(self.args.device))
+        odd, stopping = flags.tolist()
+        self.stop_agreed = self.stop_agreed or bool(stopping)
+        return bool(odd)
+
+    def _stop_for_an_odd_loss(self, loss: float, notes: BatchNotes | None) -> None:
+        """Saves what was there before this step, whose gradients are not used, and says where the loss came from."""
+        self._position = self._position_before
+        folder = Path(str(self.args.output_dir))
+        saved = last_whole_checkpoint(folder)
+        if saved is None or saved.step < self.state.global_step:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            saved = last_whole_checkpoint(folder)
+        if notes is None:
+            raise RunError(f"step {self.state.global_step + 1}: another process had a loss that is not a number")
+        ids = [name for row in notes.sample_ids for name in row]
+        more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
+        raise RunError(
+            f"step {self.state.global_step + 1}: the loss is {loss}, in a batch of the samples "
+            f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {saved and saved.path}. Look "
+            "at these samples, or begin a new run from there with a lower learning rate (optimizer.learning_rate) or "
+            "smaller gradients (trainer.max_grad_norm)"
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds mean losses by modality, and tokens and samples left out since the last log, over all ranks."""
-        if "loss" in logs and self._sums:
-            self._sums["left_out"] = torch.tensor(float(self._left_out), device=self.args.device)
-            names = list(self._sums)
-            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
-            totals = dict(zip(names, sums, strict=True))
-            for kind in ("text", "image"):
-                if totals[f"targets_{kind}"]:
-                    logs[f"loss_{kind}"] = totals[f"loss_{kind}"] / totals[f"targets_{kind}"]
-            logs["tokens"] = totals["tokens"]
-            if totals["left_out"]:
-                logs["left_out"] = totals["left_out"]
-            self._sums, self._left_out = {}, 0
+        """Adds what this package tells of a run; see `Telemetry`."""
+        if "loss" in logs:
+            logs.update(self._telemetry.figures())
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of the stream as they come: each process has a stream of its own, which settles the order."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+            self._stream,
             batch_size=None,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -89,28 +188,77 @@ class UniXTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
         )
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses on the held-out batches, weighed as in training, all in nats a target."""
+        batches: Any = eval_dataset or self.eval_dataset or ()
+        processes, rank = self.args.world_size, self.args.process_index
+        self.model_wrapped.eval()
+        sums = torch.zeros(len(LOSSES), device=self.args.device)
+        for start in range(0, len(batches), processes):
+            # every process runs the same number of times, on a batch that does not count where there are too few
+            own = start + rank
+            inputs = {name: value for name, value in batches[min(own, len(batches) - 1)].items() if name != NOTES}
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**self._prepare_inputs(inputs))
+            if own < len(batches):
+                sums += torch.stack([getattr(outputs, name).detach().float() for name in LOSSES])
+        metrics = self._held_out_losses(sums, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_losses(self, sums: torch.Tensor, prefix: str) -> dict[str, float]:
+        config = self.bare_model.config
+        text, image, texts, images = self._sum(sums).tolist()
+        weighted = config.text_loss_weight * text + config.image_loss_weight * image
+        metrics = {f"{prefix}_loss": weighted / max(1.0, texts + images)}
+        metrics |= {
+            f"{prefix}_loss_{kind}": loss / count
+            for kind, loss, count in (("text", text, texts), ("image", image, images))
+            if count
+        }
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers' does; tried again where storage fails for a moment, unless other processes wait inside."""
+        save = partial(super()._save_checkpoint, model, trial)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            save()
+        else:
+            retried(save)
+
     def _save_rng_state(self, output_dir: str) -> None:
-        """Writes where this process stands in the data beside its random state, before a checkpoint counts as whole."""
+        """Writes where this process stands beside its random state, and waits for all others to have done so.
+
+        What comes after this is the file that makes a checkpoint count as whole.
+        """
         super()._save_rng_state(output_dir)
-        stream: Any = self.train_dataset
-        content = {"processes": self.args.world_size, "data": stream.fingerprint, **self._position.to_json()}
-        (Path(output_dir) / POSITION_FILE.format(rank=self.args.process_index)).write_text(json.dumps(content))
+        standing = Standing([self._position], self._stream.fingerprint, (self._tokens_seen[0], self._tokens_seen[1]))
+        write_standing(Path(output_dir), self.args.process_index, self.args.world_size, standing)
+        self._wait_once(output_dir)
+
+    def _wait_once(self, checkpoint: str) -> None:
+        """Waits for the other processes, not again where writing the same checkpoint is tried again."""
+        if getattr(self, "_waited_for", None) != checkpoint:
+            self.accelerator.wait_for_everyone()
+            self._waited_for = checkpoint
 
 
-def read_positions(checkpoint: Path) -> tuple[list[StreamPosition], str]:
-    """Where the processes of a run stood when a checkpoint was written, in their order, and in which stream.
+def _split_off_images(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Gives the parameters that images have of their own groups of their own, with `factor` times the learning rate."""
+    own = {parameter for name, parameter in model.named_parameters() if is_of_images(name)}
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        for parameters, times in _halves(group["params"], own, factor):
+            if parameters:
+                optimizer.param_groups.append({**group, "params": parameters, "lr": group["lr"] * times})
 
-    The stream is given by its fingerprint.
 
-    Raises:
-        RunError: for a checkpoint without them.
-    """
-    try:
-        contents = [json.loads((checkpoint / POSITION_FILE.format(rank=0)).read_text())]
-        for rank in range(1, contents[0]["processes"]):
-            contents.append(json.loads((checkpoint / POSITION_FILE.format(rank=rank)).read_text()))
-        return [StreamPosition.from_json(content) for content in contents], contents[0]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(
-            f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"
-        ) from None
+def _halves(
+    parameters: Iterable[nn.Parameter], own: set[nn.Parameter], factor: float
+) -> tuple[tuple[list[nn.Parameter], float], tuple[list[nn.Parameter], float]]:
+    parameters = list(parameters)
+    return ([p for p in parameters if p not in own], 1.0), ([p for p in parameters if p in own], factor)

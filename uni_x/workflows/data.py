@@ -148,7 +148,7 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
         return _model_renderer(Path(recipe.model.base), recipe)
     from uni_x.data.render import Renderer, Vocabulary
     from uni_x.images import load_image_tokenizer
-    from uni_x.train.run import make_config, make_text_tokenizer
+    from uni_x.train.start import make_config, make_text_tokenizer
 
     image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
     text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)

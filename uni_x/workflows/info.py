@@ -111,7 +111,7 @@ def _config_of(path: Path) -> UniXConfig:
         return read_model_config(path)
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"{path}: neither a model folder nor a recipe (.yaml)")
-    from uni_x.train.run import make_config
+    from uni_x.train.start import make_config
 
     recipe = load_recipe(path, TrainRecipe)
     if recipe.model.base is not None:

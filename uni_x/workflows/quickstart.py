@@ -41,7 +41,8 @@ from uni_x.recipe import (
 )
 from uni_x.runs import RunFolder, write_atomically, writing_into
 from uni_x.train.callbacks import read_metrics
-from uni_x.train.run import check_before, make_start, train
+from uni_x.train.run import check_before, train
+from uni_x.train.start import make_start
 from uni_x.workflows.report import write_report
 from uni_x.workflows.sources import encode_scenes
 
