@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from uni_x.errors import UniXError, UsageError
+from uni_x import launch
+from uni_x.errors import ProcessError, UniXError, UsageError
 
 app = typer.Typer(
     name="uni-x",
@@ -34,6 +36,7 @@ Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best 
 
 PLAIN_LINE_SECONDS = 30
 _goes_on = False  # whether the verb carries on where it stopped, when it is run again
+FIRST_SAY_SECONDS = 5  # a launcher ends all processes once one has ended, before the first one may have told why
 STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 
 
@@ -95,7 +98,7 @@ def encode(
     from uni_x.devices import choose_device
     from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
-    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source, launched_share
+    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
 
     if image_tokenizer is None and source != SCENES:
         raise UsageError(
@@ -103,8 +106,7 @@ def encode(
         )
     tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_device(device))
     filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
-    share = launched_share()
-    with _progress(quiet=share.rank > 0) as progress:
+    with _progress() as progress:
         report = partial(progress, "encode")
         if source == SCENES:
             recipe = load_quickstart_recipe()
@@ -121,7 +123,7 @@ def encode(
                 split=split,
                 streaming=streaming,
             )
-    if not summary.finished or (summary.already_done and share.rank > 0):
+    if not summary.finished or (summary.already_done and launch.rank() > 0):
         return  # another process finds the folder whole, and says so
     if summary.already_done:
         typer.echo(f"This folder is finished already. Delete {out} to encode again.")
@@ -247,6 +249,8 @@ def train(
 
     with _progress() as progress:
         trained = train(checked, lambda done, total, losses: progress("train", done, total, losses_in_words(losses)))
+    if launch.rank() > 0:
+        return
     if trained.already_done:
         typer.echo("This run is finished already; give another run folder (run=…) to train again.")
     typer.echo(f"Model: {trained.model_dir}")
@@ -371,10 +375,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UniXError as error:
-        typer.echo(f"error: {error}", err=True)
+        if launch.rank() == 0:
+            typer.echo(f"error: {error}", err=True)
+        elif isinstance(error, ProcessError) or launch.is_first_of_machine():
+            typer.echo(f"error in process {launch.rank()}: {error}", err=True)
+        else:
+            time.sleep(FIRST_SAY_SECONDS)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except SystemExit as exit_:
-        if exit_.code == STOPPED:
+        if exit_.code == STOPPED and launch.rank() == 0:
             again = " Run the same command again to go on." if _goes_on else ""
             typer.echo(f"Stopped.{again}", err=True)
         raise
@@ -385,6 +394,9 @@ def _settle_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # of names that DeepSpeed uses
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/accel")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it found none
     # threads of an operator that is done wait a moment and then sleep: spinning, which is the default, makes two
@@ -393,8 +405,11 @@ def _settle_libraries() -> None:
 
 
 @contextmanager
-def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A progress line a stage, with rate and time left; where there is no terminal, a plain line now and then."""
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A progress line a stage, with rate and time left; where there is no terminal, a plain line now and then.
+
+    Of processes that were started together the first one shows it.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -407,7 +422,7 @@ def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], No
 
     global _goes_on
     _goes_on = True
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=launch.rank() > 0)
     bars = Progress(
         TextColumn("{task.description:>10}"),
         BarColumn(),

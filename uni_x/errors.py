@@ -33,6 +33,10 @@ class RunError(UniXError):
     """A run folder or a machine on which a run cannot start or go on."""
 
 
+class ProcessError(RunError):
+    """What one of several processes that train together has met, and the others have not."""
+
+
 class MissingExtraError(UniXError):
     """An optional package that is not installed."""
 

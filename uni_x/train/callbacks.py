@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -22,6 +23,8 @@ from uni_x.train.trainer import UniXTrainer
 
 logger = logging.getLogger(__name__)
 
+SAME_REQUEST_SECONDS = 2  # a launcher passes on the Ctrl-C that its processes have had from the terminal themselves
+
 
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM to any process, all finish the step, save a checkpoint and stop; a second one stops at once.
@@ -32,6 +35,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: UniXTrainer | None = None
         self._previous: dict[int, Any] = {}
+        self._requested = math.inf  # when the first signal came
 
     @property
     def stopped(self) -> bool:
@@ -56,8 +60,10 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def _request_stop(self, number: int, frame: Any) -> None:
-        if self.trainer is None or (self.trainer.stop_requested and number == signal.SIGINT):
+        now = time.monotonic()
+        if self.trainer is None or (number == signal.SIGINT and now - self._requested > SAME_REQUEST_SECONDS):
             raise KeyboardInterrupt
+        self._requested = min(self._requested, now)
         self.trainer.stop_requested = True
 
 

@@ -25,6 +25,7 @@ from uni_x.train.arguments import training_arguments
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
 from uni_x.train.checkpoints import Standing, last_whole_checkpoint, read_standing
+from uni_x.train.failures import told_in_one_line
 from uni_x.train.reporters import settle_reporters
 from uni_x.train.start import check_heads, make_start
 from uni_x.train.trainable import add_adapters, freeze, merged
@@ -118,7 +119,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     trainer.remove_callback(PrinterCallback)
     if recipe.drawings is not None:
         trainer.add_callback(Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed))
-    with writing_into(run.path), stop:
+    with writing_into(run.path), told_in_one_line(), stop:
         trainer.train_from(checkpoint)
         if stop.stopped:
             raise KeyboardInterrupt

@@ -45,7 +45,7 @@ def add_adapters(model: UniXForCausalLM, section: LoraSection) -> Any:
         RecipeError: for target modules that are not there.
     """
     if importlib.util.find_spec("peft") is None:
-        raise MissingExtraError("lora", "peft")
+        raise MissingExtraError("peft", "lora")
     from peft import LoraConfig, get_peft_model
 
     config = model.config

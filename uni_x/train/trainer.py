@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
 from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
-from uni_x.errors import RunError
+from uni_x.errors import ProcessError, RunError
 from uni_x.recipe import OptimizerSection
 from uni_x.train.checkpoints import Checkpoint, Standing, last_whole_checkpoint, retried, write_standing
 from uni_x.train.optimizers import MuonWithAdamW, is_of_images
@@ -163,7 +163,7 @@ class UniXTrainer(Trainer):
             raise RunError(f"step {self.state.global_step + 1}: another process had a loss that is not a number")
         ids = [name for row in notes.sample_ids for name in row]
         more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-        raise RunError(
+        raise ProcessError(
             f"step {self.state.global_step + 1}: the loss is {loss}, in a batch of the samples "
             f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {saved and saved.path}. Look "
             "at these samples, or begin a new run from there with a lower learning rate (optimizer.learning_rate) or "

@@ -1,13 +1,12 @@
 """What `uni-x encode` and `uni-x tokenizer train` read: a folder of pictures, or a source by name."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from uni_x import scenes
+from uni_x import launch, scenes
 from uni_x.data.encode import EncodeSummary, Share, encode
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import open_source
@@ -75,7 +74,7 @@ def encode_source(
 
 def launched_share() -> Share:
     """This process among those that torchrun or accelerate started."""
-    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return Share(launch.rank(), launch.processes())
 
 
 def _first_rows(parts: Sequence[Part], limit: int) -> Iterator[Load]:
