@@ -72,8 +72,13 @@ def save_model_folder(
         folder.model.save_pretrained(partial, state_dict=weights)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
-        folder.text_tokenizer.save_pretrained(partial)
-        folder.image_tokenizer.save_pretrained(partial / IMAGE_TOKENIZER)
+        save_tokenizers(folder, partial)
+
+
+def save_tokenizers(folder: ModelFolder, path: Path) -> None:
+    """Writes the text tokenizer into `path`, and the image tokenizer into a folder below it."""
+    folder.text_tokenizer.save_pretrained(path)
+    folder.image_tokenizer.save_pretrained(path / IMAGE_TOKENIZER)
 
 
 def read_model_config(path: str | Path) -> UniXConfig:
@@ -119,14 +124,19 @@ def load_model_folder(
 ) -> ModelFolder:
     """Reads a complete model folder, with the model in eval mode on `device`; `dtype` None keeps the stored one.
 
+    A checkpoint of a training run may be read as well: its tokenizers are in the folder above.
+
     Raises:
         DataError: that says what the folder lacks.
     """
     path = Path(path)
     model = load_model(path, dtype)
+    tokenizers = path if (path / IMAGE_TOKENIZER).is_dir() else path.parent
+    if not (tokenizers / IMAGE_TOKENIZER).is_dir():
+        raise DataError(f"{path}: not a complete model folder (it has no {IMAGE_TOKENIZER})")
     with _loading(path):
-        text_tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    image_tokenizer = ImageTokenizer.from_pretrained(path / IMAGE_TOKENIZER)
+        text_tokenizer = AutoTokenizer.from_pretrained(tokenizers, local_files_only=True)
+    image_tokenizer = ImageTokenizer.from_pretrained(tokenizers / IMAGE_TOKENIZER)
     return ModelFolder(model, text_tokenizer, image_tokenizer).to(device)
 
 

@@ -203,8 +203,9 @@ class TrainingStream(IterableDataset[Batch]):
     @property
     def fingerprint(self) -> str:
         """Changes where a position in this stream means another place in another one."""
-        sizes = [[len(shards) for shards in self._shards], self._bounds.tolist(), self._block_size, self._batch_size]
-        return hashlib.sha256(json.dumps([sizes, self._seed, self._max_length, self._packing]).encode()).hexdigest()
+        inventories = [shards.inventory for shards in self._shards]
+        sizes = [self._bounds.tolist(), self._block_size, self._batch_size, self._max_length]
+        return hashlib.sha256(json.dumps([inventories, sizes, self._seed, self._packing]).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = get_worker_info(), len(self.position.workers)

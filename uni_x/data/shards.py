@@ -128,6 +128,13 @@ class ShuffledShards:
         """Samples of one pass."""
         return self._length
 
+    @property
+    def inventory(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and used samples of each shard; other data most likely has another one."""
+        return [
+            (path.name, path.stat().st_size, kept) for path, kept in zip(self._paths, self._kept.tolist(), strict=True)
+        ]
+
     def sample(self, position: int) -> Sample:
         """The sample at a place of the sequence. Raises `DataError` for a shard that cannot be read."""
         number, index = divmod(position, self._length)

@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments, get_scheduler
 
+from uni_x import launch
 from uni_x.devices import choose_device
 from uni_x.errors import RecipeError
 from uni_x.recipe import TrainRecipe
@@ -46,6 +47,8 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise RecipeError(f"device: {device} cannot be chosen in training; set CUDA_VISIBLE_DEVICES and device=cuda")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, need not look for one
+    if recipe.trainer.get("deepspeed"):
+        launch.settle_for_one()
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "logging_steps": 50,

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import StreamPosition
-from uni_x.errors import RunError
+from uni_x.errors import RecipeError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,21 @@ def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
     return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
 
 
+def optimizer_file(run: str) -> Path:
+    """The state of the optimizer in the last checkpoint of a run folder.
+
+    Raises:
+        RecipeError: for a run that has kept none, or has it in pieces.
+    """
+    checkpoint = last_whole_checkpoint(Path(run) / "checkpoints")
+    if checkpoint is None:
+        raise RecipeError(f"optimizer.state_from: {run} has no checkpoint; `keep_checkpoint: true` keeps the last one")
+    file = checkpoint.path / OPTIMIZER_NAME
+    if not file.is_file():
+        raise RecipeError(f"optimizer.state_from: {checkpoint.path} has its optimizer in pieces, for several processes")
+    return file
+
+
 def retried(write: Callable[[], None], waits: tuple[float, ...] = WAITS) -> None:
     """Calls `write` again, after a while, where storage fails in a way that may pass; a full disk is no such way."""
     for wait in waits:
@@ -61,12 +76,14 @@ class Standing:
 
     Attributes:
         positions: of each process in the data.
-        fingerprint: of the stream in which they are positions.
+        data: fingerprint of the stream in which they are positions.
+        tokenizers: fingerprint of what ids mean.
         tokens_seen: text and image tokens that all processes together had trained on.
     """
 
     positions: list[StreamPosition]
-    fingerprint: str
+    data: str
+    tokenizers: str
     tokens_seen: tuple[int, int]
 
 
@@ -75,7 +92,8 @@ def write_standing(checkpoint: Path, rank: int, processes: int, standing: Standi
     (position,) = standing.positions
     content = {
         "processes": processes,
-        "data": standing.fingerprint,
+        "data": standing.data,
+        "tokenizers": standing.tokenizers,
         "tokens_seen": standing.tokens_seen,
         **position.to_json(),
     }
@@ -93,7 +111,8 @@ def read_standing(checkpoint: Path) -> Standing:
         for rank in range(1, contents[0]["processes"]):
             contents.append(json.loads((checkpoint / POSITION_FILE.format(rank=rank)).read_text()))
         text, image = (sum(content["tokens_seen"][kind] for content in contents) for kind in (0, 1))
-        return Standing([StreamPosition.from_json(content) for content in contents], contents[0]["data"], (text, image))
+        positions = [StreamPosition.from_json(content) for content in contents]
+        return Standing(positions, contents[0]["data"], contents[0]["tokenizers"], (text, image))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise RunError(
             f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"

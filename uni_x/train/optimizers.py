@@ -4,13 +4,17 @@ torch's own Muon iterates in bfloat16, which CPUs without such instructions emul
 this one iterates in the dtype it is told, and orthogonalises all matrices of one shape in one batched product.
 """
 
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
+
+from uni_x.errors import RecipeError
 
 # quintic Newton-Schulz coefficients of Jordan et al., "Muon" (2024)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -116,6 +120,28 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a, alpha=1)
     return x if wide else x.mT
+
+
+def take_over_state(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Gives a new optimizer the state of an earlier one for the same parameters; its own settings stay.
+
+    Raises:
+        RecipeError: for a state of other parameters, or a file that is none.
+    """
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")["state"]
+    except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError):
+        raise RecipeError(f"optimizer.state_from: {file} holds no state of an optimizer") from None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {
+        number: [value.shape for value in values.values() if isinstance(value, torch.Tensor) and value.ndim]
+        for number, values in state.items()
+    }
+    if set(shapes) != set(range(len(parameters))) or any(
+        shape != parameters[number].shape for number, found in shapes.items() for shape in found
+    ):
+        raise RecipeError(f"optimizer.state_from: {file} is of another model, another optimizer or other `trainable`")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def is_of_images(name: str) -> bool:

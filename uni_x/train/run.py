@@ -18,18 +18,19 @@ from uni_x.errors import DataError, RunError
 from uni_x.images import ImageTokenizer
 from uni_x.model.plan import build_plan, plan_from_dicts
 from uni_x.model.size import measure_size
-from uni_x.model_folder import save_model_folder
+from uni_x.model_folder import save_model_folder, save_tokenizers
 from uni_x.recipe import TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.arguments import training_arguments
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
-from uni_x.train.checkpoints import Standing, last_whole_checkpoint, read_standing
+from uni_x.train.checkpoints import Standing, last_whole_checkpoint, optimizer_file, read_standing
 from uni_x.train.failures import told_in_one_line
 from uni_x.train.reporters import settle_reporters
-from uni_x.train.start import check_heads, make_start
+from uni_x.train.start import check_heads, make_start, tokenizers_fingerprint
 from uni_x.train.trainable import add_adapters, freeze, merged
 from uni_x.train.trainer import UniXTrainer
+from uni_x.train.universal import fit_to_launch
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,25 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 CHECKPOINT_COPIES = 8  # weights, two optimizer moments and gradients, twice while a checkpoint replaces another
 LOGS_BYTES = 20 * 2**20
-MAY_DIFFER = {"device", "trainer.dataloader_num_workers", "trainer.dataloader_prefetch_factor"}  # when a run goes on
+MAY_DIFFER = {  # when a run goes on
+    "device",
+    "keep_checkpoint",
+    "tags",
+    *(
+        f"trainer.{name}"
+        for name in (
+            "dataloader_num_workers",
+            "dataloader_prefetch_factor",
+            "deepspeed",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "logging_steps",
+            "report_to",
+            "save_steps",
+            "save_total_limit",
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ def check_before(recipe: TrainRecipe) -> TrainingArguments:
         UniXError: with the key that is wrong.
     """
     arguments = training_arguments(recipe)
+    if recipe.optimizer.state_from is not None:
+        optimizer_file(recipe.optimizer.state_from)
     section = recipe.model
     if section.base is None:
         if recipe.text_tokenizer.path is None:
@@ -96,9 +117,14 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     standing = None if checkpoint is None else read_standing(checkpoint.path)
     stream = _make_stream(recipe, arguments, renderer, standing)
+    tokenizers = tokenizers_fingerprint(start)
+    if checkpoint is not None and standing is not None:
+        _refuse_other_ground(recipe, stream, tokenizers, standing)
+        fit_to_launch(checkpoint, arguments)
     held_out = _held_out(recipe, renderer, arguments.per_device_eval_batch_size)
     if arguments.process_index == 0:
         run.begin(needs_bytes=CHECKPOINT_COPIES * 4 * measure_size(start.model.config).total + LOGS_BYTES)
+        save_tokenizers(start, run.path / "checkpoints")
         _tell_what_is_left_out(stream)
     settle_reporters(arguments, run.path, recipe.tags)
     freeze(start.model, recipe.trainable)
@@ -108,6 +134,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     trainer = UniXTrainer(
         optimizer_section=recipe.optimizer,
         stream=stream,
+        tokenizers=tokenizers,
         folders=[Path(source.path).name for source in recipe.data.sources],
         held_out=held_out,
         tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
@@ -190,7 +217,7 @@ def _make_stream(
     data = recipe.data
     former = None if standing is None else standing.positions
     positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
-    stream = TrainingStream(
+    return TrainingStream(
         [Source(source.path, source.weight, source.fraction) for source in data.sources],
         renderer,
         _collator(renderer),
@@ -201,12 +228,19 @@ def _make_stream(
         split_long_texts=data.long_texts == "split",
         position=positions[arguments.process_index],
     )
-    if standing is not None and standing.fingerprint != stream.fingerprint:
-        raise RunError(
-            f"{recipe.run}: the data has changed since the last checkpoint was written; give the sources back as they "
-            "were, or begin a new run (run=…)"
-        )
-    return stream
+
+
+def _refuse_other_ground(recipe: TrainRecipe, stream: TrainingStream, tokenizers: str, standing: Standing) -> None:
+    """Raises `RunError` where what a checkpoint was trained on is not what there is now."""
+    for what, then, now in (
+        ("data", standing.data, stream.fingerprint),
+        ("tokenizers", standing.tokenizers, tokenizers),
+    ):
+        if then != now:
+            raise RunError(
+                f"{recipe.run}: the {what} of this run changed since its last checkpoint was written; put them back "
+                "as they were, or begin a new run (run=…)"
+            )
 
 
 def _check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:

@@ -1,5 +1,7 @@
 """What training starts from: a model folder, or a new model with its tokenizers."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
+from uni_x.data.encode import tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, separator_of
 from uni_x.data.shards import iterate_samples
 from uni_x.data.templates import load_template
@@ -50,6 +53,13 @@ def _training_settings(recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerB
         "rendering": rendering,
         "image_sampling": recipe.image_sampling.model_dump(mode="json"),
     }
+
+
+def tokenizers_fingerprint(folder: ModelFolder) -> str:
+    """A digest of what ids mean: the entries of the text tokenizer, and the image tokenizer."""
+    entries = sorted(folder.text_tokenizer.get_vocab().items())
+    of_images = tokenizer_fingerprint(folder.image_tokenizer)
+    return hashlib.sha256(json.dumps([entries, of_images]).encode()).hexdigest()
 
 
 def check_heads(section: ModelSection) -> None:

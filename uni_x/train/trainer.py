@@ -16,9 +16,17 @@ from transformers.modeling_utils import unwrap_model
 from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
 from uni_x.errors import ProcessError, RunError
 from uni_x.recipe import OptimizerSection
-from uni_x.train.checkpoints import Checkpoint, Standing, last_whole_checkpoint, retried, write_standing
-from uni_x.train.optimizers import MuonWithAdamW, is_of_images
+from uni_x.train.checkpoints import (
+    Checkpoint,
+    Standing,
+    last_whole_checkpoint,
+    optimizer_file,
+    retried,
+    write_standing,
+)
+from uni_x.train.optimizers import MuonWithAdamW, is_of_images, take_over_state
 from uni_x.train.telemetry import LOSSES, Telemetry
+from uni_x.train.universal import loads_universal, mend_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +39,7 @@ class UniXTrainer(Trainer):
     Args:
         optimizer_section: which optimizer to make.
         stream: this process's data.
+        tokenizers: fingerprint of what its ids mean, for the checkpoints.
         folders: names of the mixed folders, for the log.
         held_out: batches to validate on, the same in every process; each takes its share of them.
         tokens_seen: text and image tokens that all processes together had trained on before.
@@ -41,6 +50,7 @@ class UniXTrainer(Trainer):
         self,
         optimizer_section: OptimizerSection,
         stream: TrainingStream,
+        tokenizers: str,
         folders: Sequence[str],
         held_out: Sequence[Batch] = (),
         tokens_seen: tuple[int, int] = (0, 0),
@@ -51,6 +61,7 @@ class UniXTrainer(Trainer):
         self.stop_agreed = False  # by all processes, so that they stop at the same step
         super().__init__(train_dataset=stream, eval_dataset=held_out or None, **kwargs)
         self._stream = stream
+        self._tokenizers = tokenizers
         self._position = self._position_before = stream.position
         self._finished: Path | None = None  # a checkpoint of the last step, where there is nothing left to do
         self._begun = -1  # the step whose batches come in
@@ -113,7 +124,21 @@ class UniXTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if section.vision_learning_rate is not None:
             _split_off_images(optimizer, nn_model, section.vision_learning_rate / section.learning_rate)
+        if section.state_from is not None:
+            take_over_state(optimizer, optimizer_file(section.state_from))
+        self._group_settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers' does, and mends what DeepSpeed leaves behind."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        plugin = self.args.deepspeed_plugin
+        if checkpoint is not None and plugin is not None and loads_universal(plugin) and plugin.zero_stage == 3:
+            of_deepspeed: Any = self.optimizer
+            schedule: Any = self.lr_scheduler
+            mend_loaded(of_deepspeed.optimizer.optimizer, self._group_settings, schedule.get_last_lr())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -235,7 +260,8 @@ class UniXTrainer(Trainer):
         What comes after this is the file that makes a checkpoint count as whole.
         """
         super()._save_rng_state(output_dir)
-        standing = Standing([self._position], self._stream.fingerprint, (self._tokens_seen[0], self._tokens_seen[1]))
+        seen = (self._tokens_seen[0], self._tokens_seen[1])
+        standing = Standing([self._position], self._stream.fingerprint, self._tokenizers, seen)
         write_standing(Path(output_dir), self.args.process_index, self.args.world_size, standing)
         self._wait_once(output_dir)
 
