@@ -5,33 +5,11 @@ from typing import Any
 import pytest
 
 from uni_x.errors import RunError
-from uni_x.recipe import TrainRecipe
 from uni_x.train.run import train
 
 
 class Killed(BaseException):
     """Stands for the end of a process in the middle of a step."""
-
-
-@pytest.fixture
-def make_recipe(encoded_folder, samples, image_tokenizer, tmp_path):
-    folder = encoded_folder(samples)
-    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
-
-    def make(run: str, data: dict[str, Any] | None = None, **trainer: Any) -> TrainRecipe:
-        model = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        settings = {"max_steps": 9, "save_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2}
-        return TrainRecipe(
-            run=str(tmp_path / run),
-            image_tokenizer=str(tmp_path / "tokenizer"),
-            text_tokenizer={"vocab_size": 400},
-            model=model,
-            data={"sources": [{"path": str(folder)}], "max_length": 128} | (data or {}),
-            trainer=settings | trainer,
-            device="cpu",
-        )
-
-    return make
 
 
 def losses(metrics: list[dict[str, float]]) -> list[tuple[float, ...]]:
@@ -41,7 +19,7 @@ def losses(metrics: list[dict[str, float]]) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("packing", ["none", "sft"])
 def test_a_run_that_was_killed_goes_on_to_the_bit(make_recipe: Any, tmp_path: Path, workers: int, packing: str) -> None:
-    options = {"data": {"packing": packing}, "dataloader_num_workers": workers}
+    options = {"sections": {"data": {"packing": packing}}, "dataloader_num_workers": workers}
 
     def killed_at(step: int, now: int) -> None:
         if now == step:

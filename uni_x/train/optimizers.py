@@ -144,6 +144,18 @@ def take_over_state(optimizer: torch.optim.Optimizer, file: Path) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def gradients_by_modality(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """The gradients of what `text` and `image` tokens have of their own; empty where they share all."""
+    found: dict[str, list[torch.Tensor]] = {}
+    parameters = dict(model.named_parameters())
+    for name in filter(is_of_images, parameters):
+        for kind, own in (("image", name), ("text", name.replace(".image.", "."))):
+            gradient = parameters[own].grad if own in parameters else None
+            if gradient is not None:
+                found.setdefault(kind, []).append(gradient)
+    return found
+
+
 def is_of_images(name: str) -> bool:
     """Whether a parameter of this name belongs to image tokens alone."""
     return ".image." in name

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
@@ -24,7 +25,7 @@ from uni_x.train.checkpoints import (
     retried,
     write_standing,
 )
-from uni_x.train.optimizers import MuonWithAdamW, is_of_images, take_over_state
+from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, take_over_state
 from uni_x.train.telemetry import LOSSES, Telemetry
 from uni_x.train.universal import loads_universal, mend_loaded
 
@@ -64,6 +65,7 @@ class UniXTrainer(Trainer):
         self._tokenizers = tokenizers
         self._position = self._position_before = stream.position
         self._finished: Path | None = None  # a checkpoint of the last step, where there is nothing left to do
+        self._grad_norms: dict[str, float] = {}
         self._begun = -1  # the step whose batches come in
         self._tokens_seen = [tokens_seen[0], tokens_seen[1]] if self.args.process_index == 0 else [0, 0]
         self._telemetry = Telemetry(
@@ -195,10 +197,25 @@ class UniXTrainer(Trainer):
             "smaller gradients (trainer.max_grad_norm)"
         )
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As transformers' does, and notes the norms of what text and images have of their own, before clipping.
+
+        Not where processes share the gradients out: no one has the whole of them.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_logged = (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+        if is_logged and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            most = self.args.max_grad_norm
+            clipped = min(1.0, most / (float(norm) + 1e-6)) if most > 0 else 1.0
+            for kind, gradients in gradients_by_modality(self.bare_model).items():
+                self._grad_norms[f"grad_norm_{kind}"] = get_total_norm(gradients).item() / clipped
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what this package tells of a run; see `Telemetry`."""
         if "loss" in logs:
-            logs.update(self._telemetry.figures())
+            logs.update(self._grad_norms | self._telemetry.figures())
+            self._grad_norms = {}
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -1,0 +1,249 @@
+"""What each section of a training recipe does, on a tiny model."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from uni_x.data import dataset, shards
+from uni_x.data.shards import shard_to_bytes
+from uni_x.errors import RecipeError, RunError
+from uni_x.model_folder import load_model_folder
+from uni_x.recipe import TrainRecipe
+from uni_x.train.callbacks import read_metrics
+from uni_x.train.run import train
+from uni_x.train.start import make_start
+
+UNI_X = {"preset": "uni-x", "preset_arguments": {"first": 1, "last": 0}}
+
+
+def changed(recipe: TrainRecipe) -> dict[str, float]:
+    """How much each parameter has moved from where the recipe's seed begins."""
+    before = {name: weight.detach().clone() for name, weight in make_start(recipe).model.named_parameters()}
+    after = load_file(train(recipe).model_dir / "model.safetensors")
+    return {name: (after[name] - weight).abs().max().item() for name, weight in before.items()}
+
+
+def test_what_the_patterns_do_not_name_stays(make_recipe: Any) -> None:
+    moved = changed(make_recipe("run", {"model": UNI_X, "trainable": ["*.image.*", "!*norm*"]}))
+    assert {name for name, by in moved.items() if by} == {
+        name for name in moved if ".image." in name and "norm" not in name
+    }
+    with pytest.raises(RecipeError, match=r"trainable: '\*.picture.\*' names no parameter"):
+        train(make_recipe("other", {"model": UNI_X, "trainable": ["*.picture.*"]}))
+
+
+def test_images_have_a_learning_rate_of_their_own(make_recipe: Any) -> None:
+    optimizer = {"learning_rate": 1e-3, "vision_learning_rate": 1e-5}
+    options = {"max_steps": 1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    moved = changed(make_recipe("run", {"model": UNI_X, "optimizer": optimizer}, **options))
+    for name, by in moved.items():
+        assert by == pytest.approx(1e-5 if ".image." in name else 1e-3, rel=0.1), name
+    muon = changed(make_recipe("muon", {"model": UNI_X, "optimizer": optimizer | {"name": "muon"}}, **options))
+    theirs, ours = (muon[f"model.layers.0.{kind}mlp.up_proj.weight"] for kind in ("image.", ""))
+    assert theirs < 0.05 * ours
+
+
+def test_adapters_are_merged_and_resumed(make_recipe: Any) -> None:
+    pytest.importorskip("peft")
+    sections = {"model": UNI_X, "lora": {"r": 4, "alpha": 8, "image_rows": True}}
+    recipe = make_recipe("run", sections)
+    moved = changed(recipe)
+    assert all(by for name, by in moved.items() if name.endswith("_proj.weight"))
+    assert not any(by for name, by in moved.items() if "norm" in name)
+    start = make_start(recipe)
+    first = start.model.config.image_token_offset
+    rows = load_file(Path(recipe.run) / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    same = (rows == start.model.model.embed_tokens.weight).all(dim=1)
+    assert same[10:first].all()
+    assert not same[first:].all()
+
+    def stop(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 6:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(make_recipe("cut", sections), stop)
+    train(make_recipe("cut", sections))
+    whole, cut = (Path(recipe.run).with_name(name) / "model" / "model.safetensors" for name in ("run", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_held_out_losses_are_those_of_the_model(make_recipe: Any, encoded_folder: Any, samples: Any) -> None:
+    held_out = encoded_folder(samples[:16], "held-out")
+    recipe = make_recipe("run", {"validation": {"sources": [str(held_out)], "samples": 12, "every": 4}})
+    train(recipe)
+    entries = read_metrics(Path(recipe.run) / "validation.jsonl")
+    assert [entry["step"] for entry in entries] == [4, 8, 9]
+    assert all(math.isfinite(entry[f"eval_loss_{kind}"]) for entry in entries for kind in ("text", "image"))
+    assert entries[1]["eval_loss"] < entries[0]["eval_loss"]
+    results = json.loads((Path(recipe.run) / "results.json").read_text())
+    assert results["validation"] == entries[2]
+
+
+def test_pictures_are_drawn_on_the_way(make_recipe: Any) -> None:
+    recipe = make_recipe("run", {"drawings": {"prompts": ["a red heart", "a car"], "every": 4}})
+    plain = make_recipe("plain")
+    train(recipe)
+    train(plain)
+    folder = Path(recipe.run) / "drawings"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000004", "step-000008", "step-000009"]
+    assert (folder / "step-000008" / "prompts.txt").read_text().split("\n")[:2] == ["a red heart", "a car"]
+    assert Image.open(folder / "step-000008" / "2.png").size == (16, 16)
+    # drawing takes nothing from the training
+    weights = [Path(each.run) / "model" / "model.safetensors" for each in (recipe, plain)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> None:
+    first = make_recipe("first", {"keep_checkpoint": True}, lr_scheduler_type="constant", max_grad_norm=0.0)
+    train(first)
+    base = {"model": {"base": f"{first.run}/model"}, "seed": 5}
+    options = {"max_steps": 1, "max_grad_norm": 0.0}
+    fresh = make_recipe("fresh", base, **options)
+    taken = make_recipe("taken", base | {"optimizer": {"state_from": first.run}, "keep_checkpoint": True}, **options)
+    assert changed(fresh) != changed(taken)
+    state = torch.load(Path(taken.run) / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert {int(values["step"]) for values in state["state"].values()} == {10}
+    with pytest.raises(RecipeError, match="of another model, another optimizer"):
+        train(make_recipe("other", {"optimizer": {"state_from": first.run}, "model": {"num_hidden_layers": 3}}))
+    with pytest.raises(RecipeError, match="has no checkpoint"):
+        train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))
+    # a checkpoint is a model to go on from, as a finished one is
+    checkpoint = f"{first.run}/checkpoints/checkpoint-9"
+    assert changed(make_recipe("again", base | {"model": {"base": checkpoint}}, **options)) == changed(
+        make_recipe("again2", base, **options)
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make_recipe: Any) -> None:
+    recipe = make_recipe("run", {"optimizer": {"learning_rate": 1e30}}, lr_scheduler_type="constant")
+    with pytest.raises(RunError, match="the loss is nan, in a batch of the samples 'caption-") as caught:
+        train(recipe)
+    step = int(str(caught.value).removeprefix("step ").split(":")[0])
+    checkpoint = Path(recipe.run) / "checkpoints" / f"checkpoint-{step - 1}"
+    assert f"the weights before it are in {checkpoint}" in str(caught.value)
+    assert load_model_folder(checkpoint).model.num_parameters() > 0
+    assert len(read_metrics(Path(recipe.run) / "metrics.jsonl")) == step - 1
+
+
+@pytest.mark.parametrize("what", ["data", "tokenizers"])
+def test_a_run_on_other_ground_is_not_gone_on_with(
+    make_recipe: Any, samples: Any, image_tokenizer: Any, what: str
+) -> None:
+    def stop(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 6:
+            raise InterruptedError
+
+    recipe = make_recipe("run")
+    with pytest.raises(InterruptedError):
+        train(recipe, stop)
+    if what == "data":
+        shard = Path(recipe.data.sources[0].path) / "part-00000.parquet"
+        shard.write_bytes(shard_to_bytes(samples[:9], 64))
+    else:
+        for weight in image_tokenizer.network.parameters():
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+        image_tokenizer.save_pretrained(recipe.image_tokenizer)
+    with pytest.raises(RunError, match=f"the {what} of this run changed since its last checkpoint"):
+        train(recipe)
+    with pytest.raises(RunError, match=r"was made by another recipe \(model.preset differ"):
+        train(make_recipe("run", {"model": {"preset": "mot"}}))
+
+
+def test_reporters_write_into_the_run_folder(make_recipe: Any, monkeypatch: Any) -> None:
+    pytest.importorskip("wandb")
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_PROJECT", "WANDB_TAGS", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def stop(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 6:
+            raise InterruptedError
+
+    recipe = make_recipe("run", {"model": UNI_X, "tags": ["tiny", "first"]}, report_to=["tensorboard", "wandb"])
+    with pytest.raises(InterruptedError):
+        train(recipe, stop)
+    import wandb
+
+    wandb.finish()
+    train(recipe)
+    wandb.finish()
+    run = Path(recipe.run)
+    log = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    log.Reload()
+    tags = log.Tags()["scalars"]
+    assert {"train/loss_text", "train/loss_image", "train/tokens_per_second", "train/padding"} <= set(tags)
+    assert {"train/loss/encoded", "train/grad_norm_text", "train/grad_norm_image"} <= set(tags)
+    kept = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {file.stem for file in kept} == {f"run-{(run / 'wandb-id.txt').read_text().strip()}"}
+    card = (run / "model" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["tags"][-2:] == ["tiny", "first"]
+    assert "| 0 | separate | " in card
+    assert "image tokens seen" in card
+
+
+def test_a_dead_worker_and_a_bad_shard_are_told_in_one_line(make_recipe: Any, tmp_path: Path) -> None:
+    content = make_recipe("run", dataloader_num_workers=1, max_steps=100_000).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "uni_x", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5:
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    psutil.Process(process.pid).children()[0].kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith("error: a worker of the data loader has died")
+    assert "Traceback" not in said
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_read_is_named(make_recipe: Any, monkeypatch: Any, workers: int) -> None:
+    monkeypatch.setattr(shards, "_SHUFFLED_TOGETHER", 10)
+    monkeypatch.setattr(dataset, "_MOST_ROWS", 8)
+    recipe = make_recipe("run", dataloader_num_workers=workers, max_steps=200)
+    shard = Path(recipe.data.sources[0].path) / "part-00002.parquet"
+
+    def cut(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 2:
+            file = pq.ParquetFile(shard)
+            rows = file.read()
+            broken = rows.set_column(rows.schema.get_field_index("id"), "id", pa.nulls(len(rows), pa.string()))
+            pq.write_table(broken, shard)
+
+    with pytest.raises(RunError, match=r"part-00002\.parquet") as caught:
+        train(recipe, cut)
+    assert "\n" not in str(caught.value)
+
+
+def test_padding_is_told(make_recipe: Any) -> None:
+    packed, loose = (
+        train(make_recipe(name, {"data": {"packing": packing}})).metrics
+        for name, packing in (("packed", "sft"), ("loose", "none"))
+    )
+    for entries in (packed, loose):
+        assert all(0 <= entry["padding"] < 1 for entry in entries)
+        seen = np.array([[entry["text_tokens_seen"], entry["image_tokens_seen"]] for entry in entries])
+        assert (np.diff(seen, axis=0) >= 0).all()
+        assert seen[-1].sum() == sum(entry["tokens"] for entry in entries)
