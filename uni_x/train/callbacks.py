@@ -53,6 +53,16 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes SIGCHLD from torch, which raises for a dead worker wherever the process is, be it in the log.
+
+        The loader finds the worker missing when it waits for the next batch.
+        """
+        if self._previous and args.dataloader_num_workers:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks the Trainer to save and to stop."""
         if self.stopped:
