@@ -125,16 +125,25 @@ def writing_into(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{folder}: the disk is full; free some space and run again, it will carry on") from None
+            raise _full(folder) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
         raise
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
-        raise RunError(f"{folder}: a checkpoint cannot be written, most likely because the disk is full") from None
+        raise RunError(
+            f"{folder}: a checkpoint cannot be written, most likely because the disk is full; free some space and run "
+            "again, it will carry on from the one before"
+        ) from None
     except SafetensorError as error:
-        raise RunError(f"{folder}: weights cannot be written ({error}); free some space and run again") from None
+        if "No space left" in str(error):
+            raise _full(folder) from None
+        raise RunError(f"{folder}: weights cannot be written ({error})") from None
+
+
+def _full(folder: Path) -> RunError:
+    return RunError(f"{folder}: the disk is full; free some space and run again, it will carry on")
 
 
 def write_atomically(file: Path, content: str | bytes, writer: int = 0) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,35 @@ def test_padding_is_told(make_recipe: Any) -> None:
         seen = np.array([[entry["text_tokens_seen"], entry["image_tokens_seen"]] for entry in entries])
         assert (np.diff(seen, axis=0) >= 0).all()
         assert seen[-1].sum() == sum(entry["tokens"] for entry in entries)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root alone")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(make_recipe: Any, small_disk: Path) -> None:
+    recipe = make_recipe("disk/run", {"model": {"hidden_size": 64, "intermediate_size": 512}})
+    whole = train(make_recipe("whole", {"model": {"hidden_size": 64, "intermediate_size": 512}}))
+    filler = small_disk / "filler"
+
+    def fill(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 6:
+            free = shutil.disk_usage(small_disk).free
+            filler.write_bytes(bytes(free - 1_000_000))
+
+    with pytest.raises(RunError, match=f"{recipe.run}: .*disk is full"):
+        train(recipe, fill)
+    filler.unlink()
+    assert losses(train(recipe).metrics) == losses(whole.metrics)
+    assert "going on from checkpoint-4" in (small_disk / "run" / "log.txt").read_text()
+
+
+def losses(entries: list[dict[str, float]]) -> list[float]:
+    return [entry["loss"] for entry in entries]

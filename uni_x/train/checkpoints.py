@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
             continue  # cut off while it was written
         whole.append(Checkpoint(file.parent, state["global_step"], state["max_steps"]))
     return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def remove_halves(folder: Path) -> int:
+    """Removes checkpoints that were not written to their end; returns the bytes of what stays."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def optimizer_file(run: str) -> Path:

@@ -24,7 +24,7 @@ from uni_x.runs import RunFolder, writing_into
 from uni_x.train.arguments import training_arguments
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
-from uni_x.train.checkpoints import Standing, last_whole_checkpoint, optimizer_file, read_standing
+from uni_x.train.checkpoints import Standing, last_whole_checkpoint, optimizer_file, read_standing, remove_halves
 from uni_x.train.failures import told_in_one_line
 from uni_x.train.reporters import settle_reporters
 from uni_x.train.start import check_heads, make_start, tokenizers_fingerprint
@@ -123,8 +123,10 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         fit_to_launch(checkpoint, arguments)
     held_out = _held_out(recipe, renderer, arguments.per_device_eval_batch_size)
     if arguments.process_index == 0:
-        run.begin(needs_bytes=CHECKPOINT_COPIES * 4 * measure_size(start.model.config).total + LOGS_BYTES)
-        save_tokenizers(start, run.path / "checkpoints")
+        checkpoints = run.path / "checkpoints"
+        needs = CHECKPOINT_COPIES * 4 * measure_size(start.model.config).total + LOGS_BYTES
+        run.begin(needs_bytes=max(0, needs - remove_halves(checkpoints)))
+        save_tokenizers(start, checkpoints)
         _tell_what_is_left_out(stream)
     settle_reporters(arguments, run.path, recipe.tags)
     freeze(start.model, recipe.trainable)
