@@ -102,8 +102,10 @@ def read_model_config(path: str | Path) -> UniXConfig:
         raise DataError(f"{file}: {' '.join(str(error).split())}") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCausalLM:
-    """Reads the model of a folder, in eval mode on the CPU; `dtype` None keeps the stored one.
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> UniXForCausalLM:
+    """Reads the model of a folder, in eval mode on `device`; `dtype` None keeps the stored one.
 
     Raises:
         DataError: that says what the folder lacks.
@@ -112,7 +114,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> UniXForCau
     read_model_config(path)
     with _loading(path):
         loaded: Any = UniXForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            path,
+            dtype=dtype or "auto",
+            device_map=None if torch.device(device).type == "cpu" else {"": device},  # not by way of the CPU's memory
+            local_files_only=True,
+            output_loading_info=True,
         )
     model, report = loaded
     refuse_incomplete(path, report["missing_keys"], report["unexpected_keys"])
@@ -130,7 +136,7 @@ def load_model_folder(
         DataError: that says what the folder lacks.
     """
     path = Path(path)
-    model = load_model(path, dtype)
+    model = load_model(path, dtype, device)
     tokenizers = path if (path / IMAGE_TOKENIZER).is_dir() else path.parent
     if not (tokenizers / IMAGE_TOKENIZER).is_dir():
         raise DataError(f"{path}: not a complete model folder (it has no {IMAGE_TOKENIZER})")

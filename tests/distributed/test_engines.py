@@ -40,3 +40,15 @@ def launch(processes: int, *words: str) -> str:
 
 def losses(output: str) -> list[float]:
     return json.loads(next(line for line in output.splitlines() if line.startswith("[")))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_of_sharded_processes_goes_on_in_one_and_back(optimizer: str, tmp_path: Path) -> None:
+    """Weights and optimizer state, by torch.distributed.checkpoint: two processes, one, and two again."""
+
+    def train(processes: int, folder: str, first: int, last: int) -> list[float]:
+        words = [optimizer, str(tmp_path / folder), str(first), str(last)]
+        return losses(launch(processes, "-m", "tests.distributed.resharding_worker", *words))
+
+    parts = [*train(2, "parts", 0, 4), *train(1, "parts", 4, 7), *train(2, "parts", 7, 10)]
+    assert parts == pytest.approx(train(1, "whole", 0, 10), abs=1e-5)

@@ -106,7 +106,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
 
     keep_freed_memory()
     set_seed(recipe.seed)
-    start = make_start(recipe)
+    start = make_start(recipe, arguments)
     renderer = Renderer(
         start.text_tokenizer,
         Vocabulary.from_config(start.model.config),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from uni_x.data.encode import tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, separator_of
@@ -24,13 +25,15 @@ from uni_x.recipe import ModelSection, TrainRecipe
 logger = logging.getLogger(__name__)
 
 
-def make_start(recipe: TrainRecipe) -> ModelFolder:
-    """The model that training starts from, on the CPU, with its tokenizers: a base, or a new one.
+def make_start(recipe: TrainRecipe, arguments: TrainingArguments | None = None) -> ModelFolder:
+    """The model that training starts from, with its tokenizers: a base, or a new one.
 
-    Of a base the sizes count; how it is trained, and how its prompts will look, is the recipe's.
+    Of a base the sizes count; how it is trained, and how its prompts will look, is the recipe's. It is read straight
+    to the GPU of `arguments`, so that no process holds a copy in the machine's memory; under ZeRO-3 and FSDP one
+    process reads it, and each gets its part.
     """
     if recipe.model.base is not None:
-        folder = load_model_folder(recipe.model.base, dtype=torch.float32)
+        folder = load_model_folder(recipe.model.base, _device_to_read_to(arguments), torch.float32)
         for name, value in _training_settings(recipe, folder.text_tokenizer).items():
             setattr(folder.model.config, name, value)
         _mark_separator(folder.model.config, recipe, folder.text_tokenizer)
@@ -40,6 +43,13 @@ def make_start(recipe: TrainRecipe) -> ModelFolder:
     set_seed(recipe.seed)
     model = UniXForCausalLM(make_config(recipe, image_tokenizer, text_tokenizer))
     return ModelFolder(model, text_tokenizer, image_tokenizer)
+
+
+def _device_to_read_to(arguments: TrainingArguments | None) -> torch.device:
+    """The process's GPU, unless an engine takes the weights apart while they are read."""
+    if arguments is None or is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+        return torch.device("cpu")
+    return arguments.device
 
 
 def _training_settings(recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
