@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
-from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes
+from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import RunError
 from uni_x.runs import write_atomically, writing_into
 
@@ -131,13 +131,8 @@ def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
 
 def read_fingerprint(folder: str | Path) -> str | None:
     """The digest of the image tokenizer that a folder was encoded with; None where it does not say."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        digest = json.loads(path.read_bytes())["tokenizer"]
-    except (ValueError, KeyError, TypeError):
-        return None  # reading the samples says what is wrong
+    manifest = read_manifest(Path(folder) / MANIFEST)
+    digest = None if manifest is None else manifest.get("tokenizer")
     return digest if isinstance(digest, str) else None
 
 
@@ -158,19 +153,16 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any], rank: int) -> EncodeSu
             out_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {**manifest, "finished": False}, rank)
         return None
-    try:
-        found = json.loads(path.read_bytes())
-        finished = bool(found["finished"])
-        summary = EncodeSummary(**found["counts"], finished=True, already_done=True) if finished else None
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another") from None
+    found = read_manifest(path)
+    if found is None or (found["finished"] and "counts" not in found):
+        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
     for key, value in manifest.items():
         if found.get(key) != value:
             raise RunError(
                 f"{out_dir}: made with another {key.replace('_', ' ')} ({_shorten(found.get(key))}, now "
                 f"{_shorten(value)}); choose another folder, or delete this one to encode again"
             )
-    return summary
+    return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
 
 def _shorten(value: object) -> str:

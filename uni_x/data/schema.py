@@ -99,7 +99,7 @@ def check_content(row: Sample | SourceRow) -> None:
         found = " and ".join(kinds) or "none"
         raise DataError(f"sample {row.id!r}: exactly one of caption, messages and text must be given, found {found}")
     for field, text in (("id", row.id), *_texts(row)):
-        _check_text(row.id, field, text)
+        check_text(text, f"sample {row.id!r}, {field}")
     if row.messages is not None:
         _check_messages(row.id, row.messages)
     _check_placeholders(row)
@@ -122,6 +122,23 @@ def check_sample(sample: Sample, codebook_size: int) -> None:
             raise DataError(f"{where}: code {grid.codes.max()} is not in a codebook of {codebook_size}")
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises `DataError`, which says where, for a text that is empty or holds half of a surrogate pair."""
+    if not text.strip():
+        raise DataError(f"{where}: it is empty")
+    if not is_unicode(text):
+        raise DataError(f"{where}: it is not valid Unicode (a lone surrogate)")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; one with half of a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
     if row.caption is not None:
         yield "caption", row.caption
@@ -129,15 +146,6 @@ def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
         yield "text", row.text
     for number, message in enumerate(row.messages or ()):
         yield f"messages[{number}].content", message.content
-
-
-def _check_text(row_id: str, field: str, text: str) -> None:
-    if not text.strip():
-        raise DataError(f"sample {row_id!r}, {field}: it is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"sample {row_id!r}, {field}: it is not valid Unicode (a lone surrogate)") from None
 
 
 def _check_messages(row_id: str, messages: tuple[Message, ...]) -> None:

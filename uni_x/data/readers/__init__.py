@@ -3,7 +3,6 @@
 `fields` tells what kind of row the fields of a foreign row make; the other modules read one kind of file each.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,12 +15,11 @@ from uni_x.data.readers.parquet import parquet_rows
 from uni_x.data.readers.parts import to_unicode
 from uni_x.data.readers.tables import table_rows
 from uni_x.data.readers.tars import tar_rows
-from uni_x.data.schema import Load, Part, Rejection, SourceRow
-from uni_x.data.shards import MANIFEST
+from uni_x.data.schema import Load, Part
+from uni_x.data.shards import MANIFEST, read_manifest
 from uni_x.errors import DataError
-from uni_x.pictures import PICTURE_SUFFIXES
 
-__all__ = ["KINDS", "open_source", "read_picture_folder"]
+__all__ = ["KINDS", "open_source"]
 
 KINDS = (
     "a folder of pictures with captions; a file, or a folder of files, of .jsonl, .json, .parquet, .tar or .tsv; "
@@ -59,20 +57,6 @@ def open_source(name: str, *, split: str = "train", streaming: bool = False) -> 
     raise DataError(f"{to_unicode(name)}: no such file or folder (a source is {KINDS})")
 
 
-def read_picture_folder(folder: str | Path, source: str | None = None) -> Iterator[SourceRow | Rejection]:
-    """The rows of a folder of pictures with captions; `source` names their origin, by default the folder's name.
-
-    Raises `DataError` where the folder is missing or has no pictures.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    part = picture_folder(folder, source or to_unicode(folder.resolve().name))
-    if part is None:
-        raise DataError(f"{folder}: no pictures in it (known suffixes: {' '.join(sorted(PICTURE_SUFFIXES))})")
-    return (load() for load in part.rows())
-
-
 def _open_folder(folder: Path, split: str, streaming: bool) -> list[Part]:
     shown = to_unicode(str(folder))
     source = to_unicode(folder.resolve().name)
@@ -106,9 +90,6 @@ def _file_part(path: Path, rows: _Rows, source: str) -> Part:
 
 
 def _refuse_encoded(folder: Path) -> None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(manifest, dict) and {"tokenizer", "codebook_size", "shard_size"} <= manifest.keys():
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest is not None and {"tokenizer", "codebook_size", "shard_size"} <= manifest.keys():
         raise DataError(f"{to_unicode(str(folder))}: encoded already, `uni-x encode` wrote it; train on it as it is")

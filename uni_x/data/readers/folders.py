@@ -10,7 +10,7 @@ from typing import Any
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.lines import parse_object, read_lines, too_long
 from uni_x.data.readers.parts import file_inside, reject_rest, to_unicode
-from uni_x.data.schema import Load, Part, Rejection
+from uni_x.data.schema import Load, Part, Rejection, is_unicode
 from uni_x.errors import DataError
 from uni_x.pictures import PICTURE_SUFFIXES
 
@@ -130,10 +130,8 @@ def _csv_rows(folder: Path, name: str, source: str) -> Iterator[Load]:
 def _cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise DataError(f"{len(cells)} cells under {len(header)} columns")
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        raise DataError("not valid UTF-8") from None
+    if not is_unicode("".join(cells)):
+        raise DataError("not valid UTF-8")
     return {column.strip(): cell for column, cell in zip(header, cells, strict=True)}
 
 
