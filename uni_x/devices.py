@@ -1,12 +1,12 @@
 """The one rule for devices and dtypes, and what a CPU needs to train at full speed."""
 
 import ctypes
-import os
 import platform
 import sys
 
 import torch
 
+from uni_x import launch
 from uni_x.errors import RunError
 
 # glibc's mallopt parameters; blocks above the threshold are mapped and unmapped at every use
@@ -32,8 +32,7 @@ def choose_device(wanted: str | None = None) -> torch.device:
 
 def choose_own_device(wanted: str | None = None) -> torch.device:
     """`choose_device` for one of several processes that share nothing but a machine: each takes a GPU of its own."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return device_of_process(choose_device(wanted), local_rank, torch.cuda.device_count())
+    return device_of_process(choose_device(wanted), launch.local_rank(), torch.cuda.device_count())
 
 
 def device_of_process(device: torch.device, local_rank: int, gpus: int) -> torch.device:

@@ -76,7 +76,7 @@ def corrupt():
         (truncated(), "cannot be read .*truncated"),
         (corrupt(), "cannot be read"),
         (b"<html>not found</html>", "no picture that Pillow can read"),
-        (b"", "no picture that Pillow can read"),
+        (b"", "the picture is empty"),
         (to_bytes(Image.new("F", (6, 4)), "TIFF"), "floating-point pixels"),
     ],
 )

@@ -56,7 +56,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceRow:
-    """What a reader gives: a sample whose pictures need not be encoded yet."""
+    """What a reader gives: a sample whose pictures need not be encoded yet.
+
+    `content_field` is what the source calls its caption, messages or text, where that is another name.
+    """
 
     id: str
     images: tuple[Picture | CodeGrid, ...] = ()
@@ -64,6 +67,7 @@ class SourceRow:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     source: str = ""
+    content_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def check_content(row: Sample | SourceRow) -> None:
     for field, text in (("id", row.id), *_texts(row)):
         check_text(text, f"sample {row.id!r}, {field}")
     if row.messages is not None:
-        _check_messages(row.id, row.messages)
+        _check_messages(row.id, row.messages, _content_field(row))
     _check_placeholders(row)
 
 
@@ -139,34 +143,39 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def _content_field(row: Sample | SourceRow) -> str:
+    """What the user calls the content."""
+    own = row.content_field if isinstance(row, SourceRow) else None
+    return own or next(name for name in CONTENT_FIELDS if getattr(row, name) is not None)
+
+
 def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
-    if row.caption is not None:
-        yield "caption", row.caption
-    if row.text is not None:
-        yield "text", row.text
+    field = _content_field(row)
+    for text in (row.caption, row.text):
+        if text is not None:
+            yield field, text
     for number, message in enumerate(row.messages or ()):
-        yield f"messages[{number}].content", message.content
+        yield f"{field}[{number}].content", message.content
 
 
-def _check_messages(row_id: str, messages: tuple[Message, ...]) -> None:
+def _check_messages(row_id: str, messages: tuple[Message, ...], field: str) -> None:
     for number, message in enumerate(messages):
         if message.role not in ROLES:
             known = ", ".join(ROLES)
-            raise DataError(f"sample {row_id!r}, messages[{number}].role: {message.role!r} is none of {known}")
+            raise DataError(f"sample {row_id!r}, {field}[{number}].role: {message.role!r} is none of {known}")
     if not messages or messages[-1].role != "assistant":
-        raise DataError(f"sample {row_id!r}, messages: a conversation must end with the assistant's turn")
+        raise DataError(f"sample {row_id!r}, {field}: a conversation must end with the assistant's turn")
 
 
 def _check_placeholders(row: Sample | SourceRow) -> None:
+    where, images = f"sample {row.id!r}, {_content_field(row)}", len(row.images)
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for _, text in _texts(row))
-    images = len(row.images)
     if row.caption is not None:
         if images != 1:
             raise DataError(f"sample {row.id!r}, images: a caption goes with exactly one image, found {images}")
         if placeholders:
-            raise DataError(f"sample {row.id!r}, caption: a caption holds no {IMAGE_PLACEHOLDER}; use messages or text")
+            raise DataError(f"{where}: a caption holds no {IMAGE_PLACEHOLDER}; use messages or text")
         return
-    field = "text" if row.messages is None else "messages"
     images_first = row.messages is not None and not placeholders
     if placeholders != images and not images_first:
-        raise DataError(f"sample {row.id!r}, {field}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")
+        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")

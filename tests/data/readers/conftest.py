@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from uni_x.data.readers import open_source
+from uni_x.data.readers import SourceOptions, open_source
 from uni_x.data.readers.fields import row_from_fields
 from uni_x.data.schema import Message, Rejection
 
@@ -23,9 +23,9 @@ ANSWERED = (Message("user", "<image>What is it?"), Message("assistant", "A squar
 
 def read(source, **options):
     """All rows of a source, read twice to show that they are the same and in the same order."""
-    parts = open_source(str(source), **options)
+    parts = open_source(str(source), SourceOptions(**options))
     rows = [load() for part in parts for load in part.rows()]
-    again = [load() for part in open_source(str(source), **options) for load in part.rows()]
+    again = [load() for part in open_source(str(source), SourceOptions(**options)) for load in part.rows()]
     assert [row.id for row in again] == [row.id for row in rows]
     for row in rows:
         row.id.encode()

@@ -61,7 +61,7 @@ def test_a_caption_that_is_described_gets_a_question():
 def test_ready_ids_count_only_beside_their_text():
     assert to_row(data_type="text", text="words", input_ids=[1, 2]).text == "words"
     for fields in ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "data_type": "text", "text": None}):
-        with pytest.raises(DataError, match="input_ids: ids of a tokenizer that is not known here"):
+        with pytest.raises(DataError, match="input_ids: ids mean nothing without the tokenizer that made them"):
             to_row(**fields)
 
 
@@ -107,7 +107,8 @@ def test_conversations_of_every_kind(fields, messages):
 def test_a_picture_with_one_text_is_a_caption_unless_the_text_places_it():
     assert to_row(image=RED, text="a cat").caption == "a cat"
     assert to_row(images=[RED], caption="a cat", text="elsewhere").caption == "a cat"
-    assert to_row(image=RED, text="see <image>").text == "see <image>"
+    for name in ("caption", "text", "content"):
+        assert to_row(**{"image": RED, name: "see <image>"}).text == "see <image>"
     assert to_row(images=[RED, BLUE], text="<image> and <image>").images == (RED, BLUE)
     assert to_row(text="words").text == to_row(content="words").text == "words"
     assert to_row(text="HTML has <image> too").text == "HTML has <image> too"  # check_content decides
@@ -140,14 +141,29 @@ def test_ids_and_sources_of_its_own():
         ({"conversations": [{"value": "a"}]}, r"conversations\[0\]\.role: None is none of"),
         ({"conversations": ["a"]}, r"conversations\[0\]: an object is needed, not str"),
         ({"conversations": "a"}, "conversations: a list is needed, not str"),
-        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: a text is needed, not NoneType"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: it is empty"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, r"content\[0\]: neither a text nor an im"),
         ({"texts": [{"user": "a"}]}, r"texts\[0\]\.assistant: a text is needed"),
         ({"instruction": 1, "output": "a"}, "instruction: a text is needed, not int"),
         ({"image": 3, "caption": "a"}, "image: a picture is needed, not int"),
-        ({"images": [RED, None], "text": "a"}, r"images\[1\]: a picture is needed, not NoneType"),
+        ({"images": [RED, None], "text": "a"}, r"images\[1\]: the picture is empty"),
         ({"image": "a.png", "caption": "a"}, "image: the picture itself is needed, not the name of a file"),
         ({"caption": ["a"]}, "caption: a text is needed, not list"),
+        ({"image": RED, "caption": None}, "^caption: it is empty"),
+        ({"image": RED, "caption": " "}, "^caption: it is empty"),
+        ({"text": ""}, "^text: it is empty"),
+        ({"text": "\ud83d"}, "^text: it is not valid Unicode"),
+        ({"conversations": None}, "^conversations: it is empty"),
+        ({"conversations": [{"from": "human", "value": ""}]}, r"^conversations\[0\]\.value: it is empty"),
+        ({"texts": [{"user": "a", "assistant": ""}]}, r"^texts\[0\]\.assistant: it is empty"),
+        ({"instruction": "", "input": "", "output": "a"}, "^instruction: it is empty"),
+        ({"question": "a", "response": ""}, "^response: it is empty"),
+        ({"data_type": "i2t", "caption": "a^^^turn_split^^^"}, "^caption, pair 0: it is empty"),
+        ({"image": None, "caption": "a"}, "^image: the picture is empty"),
+        ({"images": [], "caption": "a"}, "^images: the picture is empty"),
+        ({"image": "", "caption": "a"}, "^image: the picture is empty"),
+        ({"image": b"", "caption": "a"}, "^image: the picture is empty"),
+        ({"images": [RED, {"bytes": None, "path": None}], "text": "a"}, r"^images\[1\]: the picture is empty"),
         ({"url": "a", "size": 3}, r"no caption, messages or text in it.*\(its fields: url, size\)"),
         ({}, r"\(its fields: none\)"),
     ],
@@ -155,3 +171,24 @@ def test_ids_and_sources_of_its_own():
 def test_fields_that_fit_nothing_are_refused_with_a_reason(fields, reason):
     with pytest.raises(DataError, match=reason):
         to_row(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"conversations": ASKED}, "conversations: 1 <image> for 0 images"),
+        (
+            {"conversations": ASKED[:1], "image": RED},
+            "conversations: a conversation must end with the assistant's turn",
+        ),
+        ({"texts": [{"user": "<image>", "assistant": "2"}]}, "texts: 1 <image> for 0 images"),
+        ({"instruction": "<image>", "output": "a"}, "instruction: 1 <image> for 0 images"),
+        ({"content": "<image>"}, "content: 1 <image> for 0 images"),
+        ({"caption": "<image>"}, "images: a caption goes with exactly one image, found 0"),
+        ({"caption": "<image>", "images": [RED, BLUE]}, "caption: 1 <image> for 2 images"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_the_names_of_the_source(fields, reason):
+    with pytest.raises(DataError) as caught:
+        check_content(to_row(**fields))
+    assert str(caught.value) == f"sample 'row', {reason}"

@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.data.readers.conftest import ANSWERED, ASKED, RED, read, reasons, write_jsonl
 from uni_x.data.schema import Rejection
+from uni_x.errors import DataError
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(picture_folder):
@@ -28,7 +29,7 @@ def test_captions_that_are_missing_empty_or_not_text_are_told(tmp_path):
     *rejected, good = read(tmp_path)
     assert [row.reason for row in rejected] == [
         "the caption is missing: a.txt",
-        "the caption is empty: b.txt",
+        "caption: it is empty",
         "the caption is not valid UTF-8: c.txt",
     ]
     assert (good.caption, good.source) == ("é", tmp_path.name)
@@ -99,11 +100,10 @@ def test_bad_lines_of_a_csv_cost_themselves_alone(tmp_path):
     ]
     (tmp_path / "captions.csv").write_bytes(b"\n".join(table))
     rows = read(tmp_path)
-    assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "last"]
+    assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "absolute", "last"]
     found = reasons(rows)
-    assert list(found) == [f"captions.csv:{number}" for number in (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14)]
-    leaving = [found[f"captions.csv:{number}"] for number in (3, 4, 5)]
-    assert all(reason.startswith("the file name leads out of the folder: ") for reason in leaving)
+    assert list(found) == [f"captions.csv:{number}" for number in (3, 5, 6, 7, 8, 9, 10, 11, 12, 14)]
+    assert found["captions.csv:3"].startswith("the picture lies outside of its source's folder; name its own with --p")
     assert found["captions.csv:6"] == "the picture is missing: gone.png"
     assert found["captions.csv:7"].startswith("the picture is missing: a")
     assert found["captions.csv:8"].startswith("the picture is missing: xxx")
@@ -123,6 +123,32 @@ def test_captions_stand_in_the_metadata_of_an_image_folder(tmp_path):
     assert (first.caption, first.images) == ("a cat", (tmp_path / "a.png",))
     assert second.messages == ANSWERED
     assert [row.reason.partition(":")[0] for row in bad] == [
-        "the file name leads out of the folder",
+        "the picture lies outside of its source's folder; name its own with --pictures",
         "no file name in it (column file_name or file or image or path)",
     ]
+
+
+def test_captions_without_pictures_are_rows_that_are_rejected(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "more/c.JPG"):
+        (tmp_path / name).write_bytes(RED)
+    for name in ("a.txt", "b.txt", "more/c.TXT", "more/d.txt"):
+        (tmp_path / name).write_text("a cat")
+    (tmp_path / "more" / "e.json").write_text('{"caption": "a cat"}')
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.txt", "b.png", "more/c.JPG", "more/d.txt", "more/e.json"]
+    lonely = "no picture stands beside the caption"
+    assert reasons(rows) == dict.fromkeys(("a.txt", "more/d.txt", "more/e.json"), lonely)
+
+
+def test_json_is_a_source_of_its_own_unless_it_captions_pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(RED)
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "labels.json").write_text('{"caption": "a dog"}')
+    with pytest.raises(DataError, match=r"json files such as labels\.json, pictures with captions"):
+        read(tmp_path)
+    (tmp_path / "b.json").write_text('{"caption": "a dog"}')
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.png", "b.png", "labels.json"]
+    assert reasons(rows) == {"labels.json": "no picture stands beside the caption"}

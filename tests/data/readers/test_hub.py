@@ -12,7 +12,7 @@ import pytest
 
 import uni_x
 from tests.data.readers.conftest import RED, read, reasons
-from uni_x.data.readers import open_source
+from uni_x.data.readers import SourceOptions, open_source
 from uni_x.errors import DataError
 
 
@@ -40,8 +40,8 @@ def dataset(datasets):
 def test_saved_datasets(datasets, dataset, tmp_path, streaming):
     dataset.save_to_disk(tmp_path / "saved", num_shards=2)
     datasets.DatasetDict({"train": dataset, "test": dataset.select([4])}).save_to_disk(tmp_path / "dict")
-    parts = open_source(str(tmp_path / "saved"), streaming=streaming)
-    assert [part.name for part in parts] == (["train-00000", "train-00001"] if streaming else ["train"])
+    parts = open_source(str(tmp_path / "saved"), SourceOptions(streaming=streaming))
+    assert [part.name for part in parts] == (["train-00000", "train-00001"] if streaming else ["train-00000"])
     rows = read(tmp_path / "saved", streaming=streaming)
     assert [row.id for row in rows] == ["0", "1", "2", "3", "4"]
     assert [rows[number].images for number in (0, 1, 3)] == [(RED,), (RED[:20],), (RED,)]
@@ -50,7 +50,24 @@ def test_saved_datasets(datasets, dataset, tmp_path, streaming):
     assert reasons(rows) == {"2": "the picture is not in the dataset, only the name of a file: /etc/hostname"}
     assert [row.id for row in read(tmp_path / "dict", split="test", streaming=streaming)] == ["4"]
     with pytest.raises(DataError, match="no split 'val' in it; it has train, test"):
-        open_source(str(tmp_path / "dict"), split="val", streaming=streaming)
+        open_source(str(tmp_path / "dict"), SourceOptions("val", streaming))
+
+
+def test_a_saved_dataset_without_splits_is_asked_for_none(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="saved: a data set without splits; leave --split test out"):
+        open_source(str(tmp_path / "saved"), SourceOptions("test"))
+
+
+def test_a_large_saved_dataset_has_several_parts(datasets, tmp_path):
+    datasets.Dataset.from_dict({"text": [f"{number}" for number in range(25_000)]}).save_to_disk(tmp_path / "saved")
+    parts = open_source(str(tmp_path / "saved"))
+    assert [part.name for part in parts] == ["train-00000", "train-00001", "train-00002"]
+    rows = [list(part.rows()) for part in parts]
+    assert [len(part) for part in rows] == [10_000, 10_000, 5_000]
+    assert [(part[0]().id, part[0]().text) for part in rows] == [
+        (f"train:{number}", f"{number}") for number in (0, 10_000, 20_000)
+    ]
 
 
 def test_saved_datasets_that_are_damaged_are_told(dataset, tmp_path):
@@ -119,9 +136,9 @@ PICTURES = {
 DOCUMENTS = {"train/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}
 
 READ_HUB = """
-from uni_x.data.readers import open_source
+from uni_x.data.readers import SourceOptions, open_source
 for streaming in (True, False):
-    for part in open_source("owner/name", streaming=streaming):
+    for part in open_source("owner/name", SourceOptions(streaming=streaming)):
         for row in (load() for load in part.rows()):
             images = [image if isinstance(image, bytes) else image.read_bytes() for image in row.images]
             print(row.id, row.caption or row.text, *(image.hex() for image in images))

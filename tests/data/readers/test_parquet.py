@@ -3,6 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.data.readers.conftest import BLUE, RED, read, reasons, write_parquet
+from uni_x.data.prepare import map_ahead
 from uni_x.data.readers import open_source
 from uni_x.data.schema import Message, Rejection
 
@@ -24,24 +25,34 @@ def test_parquet_of_many_kinds(tmp_path):
     assert rows[0].messages == (Message("user", "1?"), Message("assistant", "2"))
     assert [row.images for row in rows[1:4]] == [(RED,), (BLUE,), (tmp_path / "disk.png",)]
     assert rows[1].source == tmp_path.name
-    assert reasons(rows) == {"c.parquet:1": "the file name leads out of the folder: ../disk.png"}
+    assert reasons(rows) == {
+        "c.parquet:1": "the picture lies outside of its source's folder; name its own with --pictures: ../disk.png"
+    }
 
 
-def test_a_row_group_is_read_when_one_of_its_rows_is_wanted(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", [{"text": f"{number}"} for number in range(9)], row_group_size=3)
-    read_groups = []
-
-    class Watched(pq.ParquetFile):
-        def read_row_group(self, group, *arguments, **options):
-            read_groups.append(group)
-            return super().read_row_group(group, *arguments, **options)
-
-    monkeypatch.setattr(pq, "ParquetFile", Watched)
+def test_rows_may_be_wanted_late_and_out_of_order(tmp_path):
+    texts = [f"{number}" * 500 for number in range(9000)]
+    path = write_parquet(tmp_path / "a.parquet", [{"text": text} for text in texts], row_group_size=6000)
     (part,) = open_source(str(path))
     loads = list(part.rows())
-    assert (len(loads), read_groups) == (9, [])
-    assert [load().text for load in loads[4:8]] == ["4", "5", "6", "7"]
-    assert read_groups == [1, 2]
+    wanted = [8999, 0, 5999, 6000, 3000, 2999]
+    assert [loads[number]().text for number in wanted] == [texts[number] for number in wanted]
+
+
+def test_memory_does_not_follow_the_size_of_a_row_group(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [{"image": rng.bytes(10_000), "caption": f"{number}"} for number in range(15_000)]
+    path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=15_000)
+    assert pq.read_metadata(path).row_group(0).total_byte_size > 140e6
+    del rows
+    (part,) = open_source(str(path))
+    before = pa.total_allocated_bytes()
+    held = []
+    for _, row in map_ahead(lambda load: load(), part.rows(), threads=4, ahead=64):
+        held.append(pa.total_allocated_bytes() - before)
+        assert len(row.images[0]) == 10_000
+    assert len(held) == 15_000
+    assert 0 < max(held) < 60e6
 
 
 def test_a_parquet_file_cut_in_half_is_one_rejection(tmp_path):

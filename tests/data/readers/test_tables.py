@@ -66,5 +66,5 @@ def test_bad_lines_of_a_table_cost_themselves_alone(tmp_path, monkeypatch):
     assert bad["a.tsv:4"] == "the picture is not valid base64"
     assert bad["a.tsv:5"] == bad["a.tsv:10"] == "not valid UTF-8"
     assert bad["a.tsv:6"].startswith("not valid JSON")
-    assert bad["a.tsv:7"] == "the caption is empty"
+    assert bad["a.tsv:7"] == "caption: it is empty"
     assert bad["a.tsv:8"] == "the line is longer than 1 MiB"
