@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uni_x.data.readers import open_source
 from uni_x.errors import DataError
 from uni_x.pictures import open_picture
-
-
-def read(folder):
-    return [load() for part in open_source(str(folder)) for load in part.rows()]
 
 
 def to_bytes(image, format="PNG", **options):

@@ -103,7 +103,7 @@ def test_bad_lines_of_a_csv_cost_themselves_alone(tmp_path):
     assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "absolute", "last"]
     found = reasons(rows)
     assert list(found) == [f"captions.csv:{number}" for number in (3, 5, 6, 7, 8, 9, 10, 11, 12, 14)]
-    assert found["captions.csv:3"].startswith("the picture lies outside of its source's folder; name its own with --p")
+    assert found["captions.csv:3"].startswith("the picture is outside the folder of the file that names it")
     assert found["captions.csv:6"] == "the picture is missing: gone.png"
     assert found["captions.csv:7"].startswith("the picture is missing: a")
     assert found["captions.csv:8"].startswith("the picture is missing: xxx")
@@ -123,7 +123,7 @@ def test_captions_stand_in_the_metadata_of_an_image_folder(tmp_path):
     assert (first.caption, first.images) == ("a cat", (tmp_path / "a.png",))
     assert second.messages == ANSWERED
     assert [row.reason.partition(":")[0] for row in bad] == [
-        "the picture lies outside of its source's folder; name its own with --pictures",
+        "the picture is outside the folder of the file that names it (--pictures allows another)",
         "no file name in it (column file_name or file or image or path)",
     ]
 

@@ -116,7 +116,7 @@ def test_pictures_that_rows_name_lie_in_the_folder_of_the_source_or_in_one_that_
     assert list(found) == [str(image) for image in inside]
     assert all(images[0].read_bytes() == RED for images in found.values())
     why = list(reasons(read(path)).values())
-    leaving = "the picture lies outside of its source's folder; name its own with --pictures: "
+    leaving = "the picture is outside the folder of the file that names it (--pictures allows another): "
     assert why[:5] == [leaving + str(image) for image in outside]
     assert why[5:8] == [f"the picture is missing: {image}" for image in ("out.png", "gone.png", folder / "gone.png")]
     assert why[8] == "image: the picture is empty"

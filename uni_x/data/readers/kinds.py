@@ -1,5 +1,6 @@
 """Which kind of source a file or a folder is, told by the names of the files; what is not clear is asked for."""
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def _files_by_kind(names: set[str]) -> dict[str, tuple[str, ...]]:
         files[kind] = sorted(name for name in rest if pattern.fullmatch(name))
         rest -= set(files[kind])
     about_tars = tuple(f"{name[:-4]}{mark}" for name in files["tar"] for mark in "._")
-    if not picture_stems(names).isdisjoint(name.removesuffix(".json") for name in files["json"]):
+    if not picture_stems(names).isdisjoint(os.path.splitext(name)[0] for name in files["json"]):
         files["json"] = []  # they are captions
     return {
         kind: tuple(name for name in found if kind == "tar" or not name.startswith(about_tars))

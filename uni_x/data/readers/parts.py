@@ -46,7 +46,9 @@ class PictureFinder:
         shown = to_unicode(name if len(name) <= 200 else f"{name[:200]}…")
         inside = [path for folder in self._folders if self._is_inside(path := folder / name)]
         if not inside:
-            raise DataError(f"the picture lies outside of its source's folder; name its own with --pictures: {shown}")
+            raise DataError(
+                f"the picture is outside the folder of the file that names it (--pictures allows another): {shown}"
+            )
         found = next((path for path in inside if _is_file(path)), None)
         if found is None:
             raise DataError(f"the picture is missing: {shown}")
