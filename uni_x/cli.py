@@ -109,15 +109,17 @@ def encode(
     from uni_x.devices import choose_own_device
     from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
-    from uni_x.workflows.sources import SCENES, describe_encoded, encode_scenes, encode_source
+    from uni_x.workflows.sources import OPENMOJI, SCENES, describe_encoded, encode_scenes, encode_source
 
     if image_tokenizer is None and source != SCENES:
         raise UsageError(
             f"--image-tokenizer is missing: which one encodes {source}? `uni-x tokenizer train` makes one from pictures"
         )
+    options = SourceOptions(split, streaming, kind, pictures)
+    if source in (SCENES, OPENMOJI) and options != SourceOptions():
+        raise UsageError(f"--kind, --pictures, --split and --streaming mean nothing to {source}; leave them out")
     tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_own_device(device))
     filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
-    options = SourceOptions(split, streaming, kind, pictures)
     with _progress() as progress:
         report = partial(progress, "encode")
         if source == SCENES:

@@ -85,7 +85,9 @@ class _ParquetFile:
             self._start(group)
         try:
             while row >= self._next_row:
-                batch, first = next(self._batches), self._next_row
+                batch, first = next(self._batches, None), self._next_row
+                if batch is None:
+                    raise ValueError("it has fewer rows than it says")
                 self._next_row += len(batch)
                 self._kept.append((group, first, batch))
         except (pa.ArrowException, OSError, ValueError) as error:
