@@ -7,7 +7,8 @@
   quarters of the tokens are codes.
 - encoding: `encode` on JPEG files of 256 x 256 pixels with a VQGAN, beside a bare loop over the same tokenizer with the
   pictures decoded already; how many operations a picture takes is counted by torch.
-- memory: what a process holds while it encodes 200,000 rows of text, at the beginning and at the end.
+- memory: what a process holds while it encodes a Parquet file of 200,000 rows in one row group, every eighth of them
+  with a picture.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from common import ratio, settle, side_by_side
 from PIL import Image
@@ -35,7 +36,7 @@ from uni_x.data.encode import EncodeSummary, encode
 from uni_x.data.packing import plan_rows
 from uni_x.data.readers import open_source
 from uni_x.data.render import Renderer, Vocabulary
-from uni_x.data.schema import CodeGrid, Load, Part, Sample, SourceRow
+from uni_x.data.schema import CodeGrid, Sample
 from uni_x.data.shards import shard_to_bytes
 from uni_x.data.text_tokenizer import special_ids, train_text_tokenizer
 from uni_x.images import ImageTokenizer
@@ -116,21 +117,26 @@ def measure_encoding(folder: Path, pictures: int, repetitions: int) -> None:
         print(f"  {name:<10} {pictures / statistics.median(times):6.1f} pictures/s{beside}")
 
 
-def encode_many(folder: Path) -> None:
-    """Encodes many rows, every eighth with a small picture, and prints what the process held on the way."""
+def write_rows(path: Path) -> None:
+    """Many rows in a Parquet file of one row group, every eighth with a small picture."""
+    rng = np.random.default_rng(0)
+
+    def row(number: int) -> dict[str, object]:
+        if number % 8:
+            return {"text": f"row {number} " * 20}
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, "JPEG")
+        return {"image": stream.getvalue(), "caption": f"picture {number}"}
+
+    schema = pa.schema([("text", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
+    table = pa.Table.from_pylist([row(number) for number in range(MEMORY_ROWS)], schema=schema)
+    pq.write_table(table, path, row_group_size=MEMORY_ROWS)
+
+
+def encode_many(source: Path) -> None:
+    """Encodes a source of many rows, and prints what the process held on the way."""
     network = PatchNetwork(patch_size=8, embed_dim=4, encoder_sizes=(8,), decoder_sizes=(8,))
     tokenizer = ImageTokenizer(TokenizerConfig(resolution=16, codebook_size=64, network=network))
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32), (200, 30, 30)).save(stream, "JPEG")
-
-    def load(number: int) -> SourceRow:
-        if number % 8:
-            return SourceRow(str(number), text=f"row {number} " * 20)
-        return SourceRow(str(number), (stream.getvalue(),), caption=f"picture {number}")
-
-    def rows() -> Iterator[Load]:
-        return (partial(load, number) for number in range(MEMORY_ROWS))
-
     held: list[int] = []
 
     def report(summary: EncodeSummary) -> None:
@@ -138,35 +144,41 @@ def encode_many(folder: Path) -> None:
             lines = Path("/proc/self/status").read_text().splitlines()
             held.append(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024)
 
-    encode([Part("rows", rows)], tokenizer, folder, source="rows", progress=report)
+    encode(open_source(str(source)), tokenizer, source.parent / "out", source="rows", progress=report)
     print(" ".join(map(str, held)))
 
 
-def measure_memory() -> None:
+def measure_memory(folder: Path) -> None:
     if not Path("/proc/self/status").exists():
         return
-    command = [sys.executable, __file__, "--encode-many"]
+    source = folder / "rows.parquet"
+    write_rows(source)
+    size = pq.read_metadata(source).row_group(0).total_byte_size
+    command = [sys.executable, __file__, "--encode-many", str(source)]
     held = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    print(f"\nmemory: encoding {MEMORY_ROWS:,} rows, in MB at every twentieth of the way: {' '.join(held)}")
+    print(
+        f"\nmemory: encoding a Parquet file of {MEMORY_ROWS:,} rows and {size / 1e6:.0f} MB in one row group, in MB at "
+        f"every twentieth of the way: {' '.join(held)}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--encode-many", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--encode-many", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.encode_many:
+        encode_many(options.encode_many)
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        if options.encode_many:
-            encode_many(Path(temporary) / "out")
-            return
         settle()
         measure_packing()
         (loading := Path(temporary) / "shards").mkdir()
         measure_loading(loading, options.repetitions)
         (encoding := Path(temporary) / "pictures").mkdir()
         measure_encoding(encoding, options.pictures, options.repetitions)
-    measure_memory()
+        measure_memory(Path(temporary))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,20 @@ def test_public_names_load_on_first_use() -> None:
         _ = package.Unicorn
 
 
+def test_encoding_nothing_fails_each_time(uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (chats := tmp_path / "chats").mkdir()
+    for name in ("a", "b"):
+        (chats / f"{name}.jsonl").write_text('{"text": ""}\n')
+    encode = ["encode", chats, "--image-tokenizer", "scenes", "--out", tmp_path / "out"]
+    said = f"{chats}: none of its 2 rows can be used: 2 such as 'text: it is empty'; all of them: "
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in ((0, 0), (1, 1), (1, 0), (0, 1)):  # the last one to finish says so, then the first
+        monkeypatch.setenv("RANK", str(rank))
+        code, _, err = uni_x(*encode)
+        assert code == expected, err
+        assert (said in err) == (code == 1)
+
+
 def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pictures: Path, tmp_path: Path) -> None:
     recipes = Path(__file__).parents[1] / "recipes"
     tokenizer, data, run = tmp_path / "tokenizer", tmp_path / "data", tmp_path / "run"
@@ -340,6 +354,8 @@ def test_what_is_missing_is_one_clear_line(
     ("words", "message"),
     [
         (["encode", "pictures", "--out", "data"], "--image-tokenizer is missing: which one encodes pictures?"),
+        (["encode", "scenes", "--out", "data", "--split", "test"], "--split and --streaming mean nothing to scenes"),
+        (["encode", "pictures", "--out", "data", "--kind", "zip"], "'zip' is not one of"),
         (["generate", "model"], "Give a prompt, or a picture to describe"),
         (["generate", "model", "a heart", "--seed", "99999999999999999999"], "--seed"),
     ],

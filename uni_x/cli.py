@@ -89,22 +89,36 @@ def encode(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures encoded at once. [default: as many as memory allows]")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set with several.")] = "train",
+    kind: Annotated[
+        Literal["tar", "parquet", "tsv", "jsonl", "json", "pictures", "dataset"] | None,
+        typer.Option(help="Which files of a folder that holds several kinds."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Where else pictures may lie that rows name, beside their file's folder."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a data set with several; train where it is left out.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub data set first.")] = False,
     device: Device = "auto",
 ) -> None:
     """Turns pictures into image codes, once, on disk; several processes (accelerate launch) share the work."""
     from uni_x.data.prepare import Filters
-    from uni_x.devices import choose_device
+    from uni_x.data.readers import SourceOptions
+    from uni_x.devices import choose_own_device
     from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
-    from uni_x.workflows.sources import SCENES, encode_scenes, encode_source
+    from uni_x.workflows.sources import OPENMOJI, SCENES, describe_encoded, encode_scenes, encode_source
 
     if image_tokenizer is None and source != SCENES:
         raise UsageError(
             f"--image-tokenizer is missing: which one encodes {source}? `uni-x tokenizer train` makes one from pictures"
         )
-    tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_device(device))
+    options = SourceOptions(split, streaming, kind, pictures)
+    if source in (SCENES, OPENMOJI) and options != SourceOptions():
+        raise UsageError(f"--kind, --pictures, --split and --streaming mean nothing to {source}; leave them out")
+    tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_own_device(device))
     filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
     with _progress() as progress:
         report = partial(progress, "encode")
@@ -120,16 +134,13 @@ def encode(
                 report,
                 filters=filters,
                 batch_size=batch_size,
-                split=split,
-                streaming=streaming,
+                options=options,
             )
     if not summary.finished or (summary.already_done and launch.rank() > 0):
         return  # another process finds the folder whole, and says so
     if summary.already_done:
         typer.echo(f"This folder is finished already. Delete {out} to encode again.")
-    typer.echo(f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}")
-    if summary.rejected:
-        typer.echo(f"Why: {out / 'rejects.jsonl'}")
+    typer.echo(describe_encoded(source, out, summary))
 
 
 @data_app.command("check")

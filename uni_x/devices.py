@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from uni_x import launch
 from uni_x.errors import RunError
 
 # glibc's mallopt parameters; blocks above the threshold are mapped and unmapped at every use
@@ -27,6 +28,21 @@ def choose_device(wanted: str | None = None) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def choose_own_device(wanted: str | None = None) -> torch.device:
+    """`choose_device` for one of several processes that share nothing but a machine: each takes a GPU of its own."""
+    return device_of_process(choose_device(wanted), launch.local_rank(), torch.cuda.device_count())
+
+
+def device_of_process(device: torch.device, local_rank: int, gpus: int) -> torch.device:
+    """Of `gpus` devices of CUDA, the one for the process `local_rank` of a machine, counted from 0.
+
+    Processes go round where there are more of them than GPUs. A device of another kind, or with a number, stays.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", local_rank % gpus)
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:

@@ -34,7 +34,7 @@ class RunError(UniXError):
 
 
 class ProcessError(RunError):
-    """What one of several processes that train together has met, and the others have not."""
+    """What one of several processes that work together has met, and the others have not."""
 
 
 class MissingExtraError(UniXError):

@@ -14,9 +14,14 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """Number of this process among those of its machine, counted from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def is_first_of_machine() -> bool:
     """Whether this is the first process of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return local_rank() == 0
 
 
 def settle_for_one() -> None:

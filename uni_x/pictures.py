@@ -12,6 +12,7 @@ from uni_x.errors import DataError
 Picture: TypeAlias = Image.Image | bytes | Path
 """A picture before encoding: decoded, the bytes of an image file, or the path of one."""
 
+EMPTY_PICTURE = "the picture is empty"
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -19,14 +20,16 @@ def open_picture(picture: Picture) -> Image.Image:
     """Decodes a picture and turns it upright by its EXIF orientation; its mode is left as it is.
 
     Of an animation the first frame is taken. The format is told from the content, not from the file's name.
-    Raises `DataError` with the reason for what is truncated, corrupt, no picture, of floating-point pixels (whose
-    range is unknown), or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises `DataError` with the reason for what is empty, truncated, corrupt, no picture, of floating-point pixels
+    (whose range is unknown), or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         image = picture if isinstance(picture, Image.Image) else _decode(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"the picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
+        if _is_empty(picture):
+            raise DataError(EMPTY_PICTURE) from None
         raise DataError("the file is no picture that Pillow can read") from None
     # Pillow's plugins raise nearly anything on corrupt data: struct.error, zlib.error, SyntaxError, IndexError ...
     except Exception as error:
@@ -35,6 +38,10 @@ def open_picture(picture: Picture) -> Image.Image:
     if image.mode == "F":
         raise DataError("the picture has floating-point pixels, whose range is unknown")
     return image
+
+
+def _is_empty(picture: Picture) -> bool:
+    return picture.stat().st_size == 0 if isinstance(picture, Path) else picture == b""
 
 
 def _decode(picture: bytes | Path) -> Image.Image:

@@ -1,18 +1,11 @@
 import io
-import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from uni_x.data.readers import open_source, read_picture_folder
-from uni_x.data.schema import Rejection
 from uni_x.errors import DataError
 from uni_x.pictures import open_picture
-
-
-def read(folder):
-    return [load() for part in open_source(str(folder)) for load in part.rows()]
 
 
 def to_bytes(image, format="PNG", **options):
@@ -78,7 +71,7 @@ def corrupt():
         (truncated(), "cannot be read .*truncated"),
         (corrupt(), "cannot be read"),
         (b"<html>not found</html>", "no picture that Pillow can read"),
-        (b"", "no picture that Pillow can read"),
+        (b"", "the picture is empty"),
         (to_bytes(Image.new("F", (6, 4)), "TIFF"), "floating-point pixels"),
     ],
 )
@@ -99,51 +92,3 @@ def test_decompression_bombs_are_refused(side, monkeypatch, recwarn):
 def test_missing_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot be read \(No such file"):
         open_picture(tmp_path / "gone.png")
-
-
-def test_a_folder_is_read_in_the_order_of_its_paths(picture_folder):
-    (picture_folder / "notes.md").write_text("no picture")
-    (picture_folder / "._00.png").write_bytes(b"litter")
-    rows = read(picture_folder)
-    assert [row.id for row in rows] == [f"{number:02d}.png" for number in range(18)] + ["more/18.png", "more/19.png"]
-    assert rows[0].caption == "picture number 0"
-    assert rows[0].images == (picture_folder / "00.png",)
-    assert rows[0].source == "pictures"
-    assert [row.id for row in rows if isinstance(row, Rejection)] == ["06.png", "13.png"]
-
-
-def test_captions_that_are_missing_empty_or_not_text_are_told(tmp_path):
-    for name, caption in {"a": None, "b": b" \n", "c": b"\xff\xfe\xfa", "d": "\ufeffé".encode()}.items():
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
-        if caption is not None:
-            (tmp_path / f"{name}.txt").write_bytes(caption)
-    *rejected, good = read(tmp_path)
-    assert [row.reason for row in rejected] == [
-        "the caption is missing: a.txt",
-        "the caption is empty: b.txt",
-        "the caption is not valid UTF-8: c.txt",
-    ]
-    assert (good.caption, good.source) == ("é", tmp_path.name)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file names are Unicode elsewhere")
-def test_file_names_need_not_be_unicode(tmp_path):
-    try:
-        Image.new("RGB", (4, 4)).save(tmp_path / "caf\udce9.png")
-    except OSError:
-        pytest.skip("this file system takes Unicode names only")
-    (row,) = read(tmp_path)
-    assert row.id == "caf\\udce9.png"
-
-
-def test_folders_without_pictures_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no pictures in it"):
-        read_picture_folder(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
-        read_picture_folder(tmp_path / "nowhere")
-
-
-def test_the_rows_of_a_folder_may_be_had_without_parts(picture_folder):
-    rows = list(read_picture_folder(picture_folder, source="mine"))
-    assert [row.id for row in rows] == [row.id for row in read(picture_folder)]
-    assert rows[0].source == "mine"

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from uni_x.data.encode import REJECTS, read_record
+from uni_x.data.encode import read_record
 from uni_x.data.overlap import BenchmarkTexts
+from uni_x.data.rejects import REJECTS
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
 from uni_x.data.shards import MANIFEST, parquet_schema, read_manifest, shard_paths
 from uni_x.errors import DataError

@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
+from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
-from uni_x.data.shards import MANIFEST, codes_dtype, shard_to_bytes
-from uni_x.errors import RunError
+from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
+from uni_x.errors import ProcessError, RunError
 from uni_x.runs import write_atomically, writing_into
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from uni_x.images import ImageTokenizer
 
-REJECTS = "rejects.jsonl"
 PREPARING_THREADS = 4
 _FORMAT = 2
 _RECORD_KEY = b"uni_x.shard"
@@ -131,13 +131,8 @@ def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
 
 def read_fingerprint(folder: str | Path) -> str | None:
     """The digest of the image tokenizer that a folder was encoded with; None where it does not say."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        digest = json.loads(path.read_bytes())["tokenizer"]
-    except (ValueError, KeyError, TypeError):
-        return None  # reading the samples says what is wrong
+    manifest = read_manifest(Path(folder) / MANIFEST)
+    digest = None if manifest is None else manifest.get("tokenizer")
     return digest if isinstance(digest, str) else None
 
 
@@ -158,19 +153,16 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any], rank: int) -> EncodeSu
             out_dir.mkdir(parents=True, exist_ok=True)
         _write_json(path, {**manifest, "finished": False}, rank)
         return None
-    try:
-        found = json.loads(path.read_bytes())
-        finished = bool(found["finished"])
-        summary = EncodeSummary(**found["counts"], finished=True, already_done=True) if finished else None
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another") from None
+    found = read_manifest(path)
+    if found is None or (found["finished"] and "counts" not in found):
+        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
     for key, value in manifest.items():
         if found.get(key) != value:
             raise RunError(
                 f"{out_dir}: made with another {key.replace('_', ' ')} ({_shorten(found.get(key))}, now "
                 f"{_shorten(value)}); choose another folder, or delete this one to encode again"
             )
-    return summary
+    return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
 
 def _shorten(value: object) -> str:
@@ -232,18 +224,17 @@ class _Folder:
 
     def finish(self, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
         """Writes rejects and manifest, where every shard is there; None where one is missing."""
-        total, lines = EncodeSummary(), []
+        total, rejects = EncodeSummary(), []
         for part in range(len(self.parts)):
             for number in itertools.count():
                 record = read_record(self.chunk(part, number).path)
                 if record is None:
                     return None
                 total += record.summary
-                lines += [json.dumps(reject, ensure_ascii=False) + "\n" for reject in record.rejects]
+                rejects += record.rejects
                 if record.last:
                     break
-        # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
-        write_atomically(self.path / REJECTS, "".join(lines).encode("utf-8", "backslashreplace"), rank)
+        write_rejects(self.path, rejects, rank)
         counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
         _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts}, rank)
         return replace(total, finished=True)
@@ -328,7 +319,7 @@ class _Encoder:
 def _check_same_rows(path: Path, record: _ShardRecord, read: int, first: Load | None, last: Load | None) -> None:
     ids = tuple("" if load is None else load().id for load in (first, last))
     if (read, *ids) != (record.read, record.first_id, record.last_id):
-        raise RunError(
+        raise ProcessError(
             f"{path}: the source now gives other rows here than when this shard was made; "
             "choose another folder, or delete this one to encode again"
         )

@@ -56,7 +56,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceRow:
-    """What a reader gives: a sample whose pictures need not be encoded yet."""
+    """What a reader gives: a sample whose pictures need not be encoded yet.
+
+    `content_field` is what the source calls its caption, messages or text, where that is another name.
+    """
 
     id: str
     images: tuple[Picture | CodeGrid, ...] = ()
@@ -64,6 +67,7 @@ class SourceRow:
     messages: tuple[Message, ...] | None = None
     text: str | None = None
     source: str = ""
+    content_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +103,9 @@ def check_content(row: Sample | SourceRow) -> None:
         found = " and ".join(kinds) or "none"
         raise DataError(f"sample {row.id!r}: exactly one of caption, messages and text must be given, found {found}")
     for field, text in (("id", row.id), *_texts(row)):
-        _check_text(row.id, field, text)
+        check_text(text, f"sample {row.id!r}, {field}")
     if row.messages is not None:
-        _check_messages(row.id, row.messages)
+        _check_messages(row.id, row.messages, _content_field(row))
     _check_placeholders(row)
 
 
@@ -122,43 +126,56 @@ def check_sample(sample: Sample, codebook_size: int) -> None:
             raise DataError(f"{where}: code {grid.codes.max()} is not in a codebook of {codebook_size}")
 
 
-def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
-    if row.caption is not None:
-        yield "caption", row.caption
-    if row.text is not None:
-        yield "text", row.text
-    for number, message in enumerate(row.messages or ()):
-        yield f"messages[{number}].content", message.content
-
-
-def _check_text(row_id: str, field: str, text: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raises `DataError`, which says where, for a text that is empty or holds half of a surrogate pair."""
     if not text.strip():
-        raise DataError(f"sample {row_id!r}, {field}: it is empty")
+        raise DataError(f"{where}: it is empty")
+    if not is_unicode(text):
+        raise DataError(f"{where}: it is not valid Unicode (a lone surrogate)")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; one with half of a surrogate pair cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"sample {row_id!r}, {field}: it is not valid Unicode (a lone surrogate)") from None
+        return False
+    return True
 
 
-def _check_messages(row_id: str, messages: tuple[Message, ...]) -> None:
+def _content_field(row: Sample | SourceRow) -> str:
+    """What the user calls the content."""
+    own = row.content_field if isinstance(row, SourceRow) else None
+    return own or next(name for name in CONTENT_FIELDS if getattr(row, name) is not None)
+
+
+def _texts(row: Sample | SourceRow) -> Iterator[tuple[str, str]]:
+    field = _content_field(row)
+    for text in (row.caption, row.text):
+        if text is not None:
+            yield field, text
+    for number, message in enumerate(row.messages or ()):
+        yield f"{field}[{number}].content", message.content
+
+
+def _check_messages(row_id: str, messages: tuple[Message, ...], field: str) -> None:
     for number, message in enumerate(messages):
         if message.role not in ROLES:
             known = ", ".join(ROLES)
-            raise DataError(f"sample {row_id!r}, messages[{number}].role: {message.role!r} is none of {known}")
+            raise DataError(f"sample {row_id!r}, {field}[{number}].role: {message.role!r} is none of {known}")
     if not messages or messages[-1].role != "assistant":
-        raise DataError(f"sample {row_id!r}, messages: a conversation must end with the assistant's turn")
+        raise DataError(f"sample {row_id!r}, {field}: a conversation must end with the assistant's turn")
 
 
 def _check_placeholders(row: Sample | SourceRow) -> None:
+    where, images = f"sample {row.id!r}, {_content_field(row)}", len(row.images)
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for _, text in _texts(row))
-    images = len(row.images)
     if row.caption is not None:
         if images != 1:
             raise DataError(f"sample {row.id!r}, images: a caption goes with exactly one image, found {images}")
         if placeholders:
-            raise DataError(f"sample {row.id!r}, caption: a caption holds no {IMAGE_PLACEHOLDER}; use messages or text")
+            raise DataError(f"{where}: a caption holds no {IMAGE_PLACEHOLDER}; use messages or text")
         return
-    field = "text" if row.messages is None else "messages"
     images_first = row.messages is not None and not placeholders
     if placeholders != images and not images_first:
-        raise DataError(f"sample {row.id!r}, {field}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")
+        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")

@@ -272,11 +272,11 @@ def _count_rows(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What `uni-x encode` noted about a folder, `finished` at the least; None for a file that is no such note."""
+    """What `uni-x encode` noted about a folder, `finished` at the least; None where there is no such note."""
     try:
         content = json.loads(path.read_bytes())
         content["finished"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return content
 

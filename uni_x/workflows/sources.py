@@ -9,8 +9,10 @@ from pathlib import Path
 from uni_x import launch, scenes
 from uni_x.data.encode import EncodeSummary, Share, encode
 from uni_x.data.prepare import Filters
-from uni_x.data.readers import open_source
+from uni_x.data.readers import SourceOptions, open_source
+from uni_x.data.rejects import REJECTS, frequent_reasons
 from uni_x.data.schema import Load, Message, Part, SourceRow
+from uni_x.errors import ProcessError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
 from uni_x.runs import installed_versions
@@ -30,8 +32,7 @@ def encode_source(
     *,
     filters: Filters | None = None,
     batch_size: int | None = None,
-    split: str = "train",
-    streaming: bool = False,
+    options: SourceOptions | None = None,
 ) -> EncodeSummary:
     """Encodes a source into `out`, or this process's share of it where a launcher started several.
 
@@ -43,7 +44,7 @@ def encode_source(
         progress: is told of this process's rows.
         filters: which pictures are rejected.
         batch_size: pictures that are encoded at once; None for as many as memory allows.
-        split, streaming: see `open_source`.
+        options: what else is said of the source.
 
     Raises:
         DataError: where the source is not there; and what `encode` raises.
@@ -53,10 +54,14 @@ def encode_source(
         if progress is not None:
             progress(summary.read, limit or 0, f"{summary.rejected} rejected")
 
-    parts = read_source(source, tokenizer.resolution, split, streaming)
+    options = options or SourceOptions()
+    parts = read_source(source, tokenizer.resolution, options)
     name = str(Path(source)) if Path(source).exists() else source
-    if split != "train":
-        name += f", split {split}"
+    name += "".join(
+        f", {option} {value}"
+        for option, value in (("split", options.split), ("kind", options.kind), ("pictures", options.pictures))
+        if value is not None
+    )
     if limit is not None:
         name += f", the first {limit}"
         parts = [Part("first", partial(_first_rows, parts, limit))]
@@ -72,6 +77,19 @@ def encode_source(
     )
 
 
+def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
+    """What became of the rows of a source, in a few lines. Raises `ProcessError` where none of them could be used."""
+    if not summary.read:
+        raise ProcessError(f"{source}: no rows in it")
+    reasons = f"{frequent_reasons(out)}; all of them: {out / REJECTS}" if summary.rejected else ""
+    if not summary.written:
+        raise ProcessError(
+            f"{source}: none of its {summary.read} rows can be used: {reasons}; mend them, delete {out}, run again"
+        )
+    counts = f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}"
+    return f"{counts}\nRejected: {reasons}" if reasons else counts
+
+
 def launched_share() -> Share:
     """This process among those that torchrun or accelerate started."""
     return Share(launch.rank(), launch.processes())
@@ -81,11 +99,11 @@ def _first_rows(parts: Sequence[Part], limit: int) -> Iterator[Load]:
     return islice(chain.from_iterable(part.rows() for part in parts), limit)
 
 
-def read_source(source: str, resolution: int, split: str = "train", streaming: bool = False) -> list[Part]:
+def read_source(source: str, resolution: int, options: SourceOptions) -> list[Part]:
     """The parts of a source, or of `openmoji` at `resolution` pixels."""
     if source == OPENMOJI:
         return [_part(OPENMOJI, lambda: scenes.openmoji_rows(resolution))]
-    return open_source(source, split=split, streaming=streaming)
+    return open_source(source, options)
 
 
 def _part(name: str, rows: Callable[[], Iterable[scenes.SourceRow]]) -> Part:

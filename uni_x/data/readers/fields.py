@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 
-from uni_x.data.readers.parts import describe, to_unicode
-from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Rejection, SourceRow
+from uni_x.data.readers.parts import Resolve, describe, to_unicode
+from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Rejection, SourceRow, check_text
 from uni_x.errors import DataError
-from uni_x.pictures import Picture
-
-Resolve: TypeAlias = Callable[[str], Path]
-"""Finds the file that a row names; raises `DataError` where it is missing or must not be read."""
+from uni_x.pictures import EMPTY_PICTURE, Picture
 
 _IDS = ("id", "uid", "key", "__key__")
+_IMAGES = ("images", "image")
+_CONTENTS = ("caption", "text", "content", "messages", "conversations", "texts", "output", "response")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURN_SPLIT, _PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
 _CAPTION_TYPES = ("image_text", "t2i")
@@ -35,15 +35,28 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
     Raises `DataError` with the reason where the fields fit no kind. Whether texts and pictures fit each other is left
     to `schema.check_content`.
     """
-    fields = {name: value for name, value in fields.items() if value is not None}
-    images = _images(fields, resolve)
-    own_source = fields.get("source")
+    given = {name: value for name, value in fields.items() if value is not None}
+    images = _images(given, resolve)
+    content = _content(given, len(images)) or _refuse_content(fields)
+    if content.kind == "caption" and not images and (empty := next((name for name in _IMAGES if name in fields), None)):
+        raise DataError(f"{empty}: {EMPTY_PICTURE}")
+    own_source = given.get("source")
     return SourceRow(
-        id=_own_id(fields) or row_id,
+        id=_own_id(given) or row_id,
         images=images,
         source=own_source if isinstance(own_source, str) and own_source else source,
-        **_content(fields, len(images)),
+        content_field=content.field,
+        **{content.kind: content.value},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a row says: as a caption, messages or a text, and the field that it stands in."""
+
+    kind: str
+    value: Any  # a text, or messages
+    field: str
 
 
 def load_fields(
@@ -66,85 +79,112 @@ def _own_id(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _content(fields: Mapping[str, Any], images: int) -> dict[str, Any]:
+def _content(fields: Mapping[str, Any], images: int) -> _Content | None:
+    """None where the fields are of no known kind."""
     data_type = fields.get("data_type")
     if data_type in _CAPTION_TYPES:
-        return {"caption": _published_text(fields)}
+        name = _published_field(fields)
+        return _Content("caption", _text(fields, name), name)
     if data_type in _CONVERSATION_TYPES:
-        return {"messages": _published_messages(fields, data_type)}
-    if "messages" in fields:
-        return {"messages": _turns(fields, "messages")}
-    if "conversations" in fields:
-        return {"messages": _turns(fields, "conversations")}
+        return _published_messages(fields, data_type)
+    for name in ("messages", "conversations"):
+        if name in fields:
+            return _Content("messages", _turns(fields, name), name)
     if "texts" in fields:
-        return {"messages": _pairs(fields)}
+        return _Content("messages", _pairs(fields), "texts")
     if "instruction" in fields and "output" in fields:
-        question = "\n".join(text for text in (_text(fields, "instruction"), _text(fields, "input", "")) if text)
-        return {"messages": (Message("user", question), Message("assistant", _text(fields, "output")))}
+        return _Content("messages", _instruction(fields), "instruction")
     if "question" in fields and "response" in fields:
-        system = _text(fields, "system_prompt", "")
-        turns = (Message("user", _text(fields, "question")), Message("assistant", _text(fields, "response")))
-        return {"messages": (Message("system", system), *turns) if system else turns}
+        return _Content("messages", _question(fields), "question")
     return _plain_content(fields, images)
 
 
-def _plain_content(fields: Mapping[str, Any], images: int) -> dict[str, Any]:
+def _instruction(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    parts = [_text(fields, name, optional=True) for name in ("instruction", "input")]
+    question = "\n".join(part for part in parts if part)
+    check_text(question, "instruction")
+    return (Message("user", question), Message("assistant", _text(fields, "output")))
+
+
+def _question(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    system = _text(fields, "system_prompt", optional=True)
+    turns = (Message("user", _text(fields, "question")), Message("assistant", _text(fields, "response")))
+    return (Message("system", system), *turns) if system else turns
+
+
+def _plain_content(fields: Mapping[str, Any], images: int) -> _Content | None:
     if "data_type" in fields and ("vqcode_512" in fields or not images):
-        return {"text": _published_text(fields)}
-    if "caption" in fields:
-        return {"caption": _text(fields, "caption")}
-    for name in ("text", "content"):
+        name = _published_field(fields)
+        return _Content("text", _text(fields, name), name)
+    for name in ("caption", "text", "content"):
         if name in fields:
             text = _text(fields, name)
-            is_caption = images == 1 and IMAGE_PLACEHOLDER not in text
-            return {"caption" if is_caption else "text": text}
+            has_place = images > 0 and IMAGE_PLACEHOLDER in text
+            is_caption = not has_place and (images == 1 or name == "caption")
+            return _Content("caption" if is_caption else "text", text, name)
+    return None
+
+
+def _refuse_content(fields: Mapping[str, Any]) -> NoReturn:
     _refuse_input_ids(fields)
+    empty = next((name for name in _CONTENTS if name in fields and fields[name] is None), None)
+    if empty is not None:
+        raise DataError(f"{empty}: it is empty")
     found = ", ".join(to_unicode(str(name)) for name in fields) or "none"
     raise DataError(f"no caption, messages or text in it, nor fields of another known kind (its fields: {found})")
 
 
-def _text(fields: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    value = fields.get(name, default)
+def _text(fields: Mapping[str, Any], name: str, optional: bool = False) -> str:
+    value = fields.get(name, "" if optional else None)
     if not isinstance(value, str):
         raise DataError(f"{name}: a text is needed, not {type(value).__name__}")
+    if value or not optional:
+        check_text(value, name)
     return value
 
 
 def _refuse_input_ids(fields: Mapping[str, Any]) -> None:
-    if "input_ids" in fields:
-        raise DataError("input_ids: ids of a tokenizer that is not known here; the row needs its text")
+    if fields.get("input_ids") is not None:
+        raise DataError(
+            "input_ids: ids mean nothing without the tokenizer that made them; "
+            "put their text into the row, as `text: tokenizer.decode(input_ids)`"
+        )
 
 
-def _published_text(fields: Mapping[str, Any]) -> str:
+def _published_field(fields: Mapping[str, Any]) -> str:
     for name in ("text", "caption"):
         if name in fields:
-            return _text(fields, name)
+            return name
     _refuse_input_ids(fields)
     raise DataError("neither text nor caption is given")
 
 
-def _published_messages(fields: Mapping[str, Any], data_type: str) -> tuple[Message, ...]:
+def _published_messages(fields: Mapping[str, Any], data_type: str) -> _Content:
     if "conversations" in fields:
-        messages = _turns(fields, "conversations")
+        name = "conversations"
+        messages = _turns(fields, name)
     else:
-        text = _published_text(fields)
+        name = _published_field(fields)
+        text = _text(fields, name)
         if _TURN_SPLIT in text:
-            messages = _split_pairs(text)
+            messages = _split_pairs(text, name)
         elif data_type == "i2t_reverse":
             messages = (Message("user", _REVERSE_PROMPT), Message("assistant", text))
         else:
-            raise DataError(f"text: user and assistant are not told apart by {_TURN_SPLIT}")
+            raise DataError(f"{name}: user and assistant are not told apart by {_TURN_SPLIT}")
     if data_type == "i2t_multi" and "width" in fields and "height" in fields:
-        return _with_image_size(messages, fields["width"], fields["height"])
-    return messages
+        messages = _with_image_size(messages, fields["width"], fields["height"])
+    return _Content("messages", messages, name)
 
 
-def _split_pairs(text: str) -> tuple[Message, ...]:
+def _split_pairs(text: str, name: str) -> tuple[Message, ...]:
     messages: list[Message] = []
     for number, pair in enumerate(text.split(_PAIR_SPLIT)):
         turns = pair.split(_TURN_SPLIT)
         if len(turns) != 2:
-            raise DataError(f"text: {len(turns)} turns in pair {number}, where user and assistant make two")
+            raise DataError(f"{name}: {len(turns)} turns in pair {number}, where user and assistant make two")
+        for turn in turns:
+            check_text(turn, f"{name}, pair {number}")
         messages += [Message("user", turns[0]), Message("assistant", turns[1])]
     return tuple(messages)
 
@@ -167,13 +207,15 @@ def _turns(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
         role = turn.get(role_name)
         if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{where}.{role_name}: {to_unicode(repr(role))} is none of {', '.join(_ROLES)}")
-        messages.append(Message(_ROLES[role], _turn_text(turn.get(content_name), f"{where}.{content_name}")))
+        text = _turn_text(turn.get(content_name), f"{where}.{content_name}")
+        check_text(text, f"{where}.{content_name}")
+        messages.append(Message(_ROLES[role], text))
     return tuple(messages)
 
 
 def _turn_text(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if not isinstance(content, list | tuple):
         raise DataError(f"{where}: a text is needed, not {type(content).__name__}")
     texts = []
@@ -196,6 +238,7 @@ def _pairs(fields: Mapping[str, Any]) -> tuple[Message, ...]:
             text = pair.get(role) if isinstance(pair, Mapping) else None
             if not isinstance(text, str):
                 raise DataError(f"texts[{number}].{role}: a text is needed, not {type(text).__name__}")
+            check_text(text, f"texts[{number}].{role}")
             messages.append(Message(role, text))
     return tuple(messages)
 
@@ -209,7 +252,7 @@ def _list(value: object, where: str) -> list[Any] | tuple[Any, ...]:
 def _images(fields: Mapping[str, Any], resolve: Resolve | None) -> tuple[Picture | CodeGrid, ...]:
     if "vqcode_512" in fields:
         return tuple(_code_grids(fields["vqcode_512"]))
-    name = "images" if "images" in fields else "image"
+    name = next((name for name in _IMAGES if name in fields), "image")
     value = fields.get(name, [])
     if isinstance(value, list | tuple):
         return tuple(_picture(element, f"{name}[{number}]", resolve) for number, element in enumerate(value))
@@ -219,7 +262,9 @@ def _images(fields: Mapping[str, Any], resolve: Resolve | None) -> tuple[Picture
 def _picture(value: object, where: str, resolve: Resolve | None) -> Picture:
     if isinstance(value, Mapping):  # as Hugging Face's datasets write pictures
         content, path = value.get("bytes"), value.get("path")
-        value = content if content else path
+        value = content or path
+    if value is None or value == "" or value == b"":
+        raise DataError(f"{where}: {EMPTY_PICTURE}")
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, Path):

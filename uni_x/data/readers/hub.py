@@ -6,33 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from uni_x.data.readers.fields import load_fields
-from uni_x.data.readers.parts import reject_rest, to_unicode
+from uni_x.data.readers.parts import SourceOptions, reject_rest, to_unicode
 from uni_x.data.schema import Load, Part
 from uni_x.errors import DataError
 
+_ROWS_A_PART = 10_000
+_DEFAULT_SPLIT = "train"
 
-def saved_dataset(folder: Path, split: str, streaming: bool, source: str) -> list[Part]:
-    """A folder that `save_to_disk` wrote; one that holds a single split is taken whole, whatever `split` says."""
+
+def saved_dataset(folder: Path, options: SourceOptions, source: str) -> list[Part]:
+    """A folder that `save_to_disk` wrote, with splits or without."""
     datasets = _library(str(folder))
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library lets all that its many readers raise through
         raise DataError(f"{folder}: not a saved dataset that can be read ({_first_line(error)})") from None
+    split = options.split or _DEFAULT_SPLIT
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DataError(f"{folder}: no split {split!r} in it; it has {', '.join(dataset)}")
         dataset = dataset[split]
-    if streaming:
+    elif options.split not in (None, str(dataset.split)):
+        raise DataError(f"{folder}: a data set without splits; leave --split {options.split} out")
+    if options.streaming:
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset.cache_files), len(dataset))))
     return _parts(dataset, split, source)
 
 
-def hub_dataset(name: str, split: str, streaming: bool) -> list[Part]:
+def hub_dataset(name: str, options: SourceOptions) -> list[Part]:
     """A dataset of the hub by its id, with its configuration behind a colon: `owner/name:config`."""
     datasets = _library(name)
     repository, _, config = name.partition(":")
+    split = options.split or _DEFAULT_SPLIT
     try:
-        dataset = datasets.load_dataset(repository, config or None, split=split, streaming=streaming)
+        dataset = datasets.load_dataset(repository, config or None, split=split, streaming=options.streaming)
     except Exception as error:  # as above
         raise DataError(
             f"{name}: no such file or folder, nor a dataset of the hub with a split {split!r} that can be read "
@@ -52,7 +59,12 @@ def _library(name: str) -> Any:
 def _parts(dataset: Any, split: str, source: str) -> list[Part]:
     # In Arrow's form a stored picture comes as it is, bytes or a path; of a stream it would have been decoded before.
     if hasattr(dataset, "__len__"):
-        return [Part(split, partial(_stored_rows, dataset.with_format("arrow"), split, source))]
+        stored, count = dataset.with_format("arrow"), len(dataset)
+        ranges = [range(start, min(start + _ROWS_A_PART, count)) for start in range(0, count, _ROWS_A_PART)]
+        return [
+            Part(f"{split}-{index:05d}", partial(_stored_rows, stored, rows, split, source))
+            for index, rows in enumerate(ranges)
+        ]
     dataset = (dataset.decode(False) if dataset.features else dataset).with_format("arrow")
     shards = dataset.num_shards
     names = [f"{split}-{index:05d}" for index in range(shards)]
@@ -62,9 +74,9 @@ def _parts(dataset: Any, split: str, source: str) -> list[Part]:
     ]
 
 
-def _stored_rows(dataset: Any, part: str, source: str) -> Iterator[Load]:
-    for number in range(len(dataset)):
-        yield partial(load_fields, partial(_stored_fields, dataset, number), f"{part}:{number}", source, _cached_file)
+def _stored_rows(dataset: Any, rows: range, split: str, source: str) -> Iterator[Load]:
+    for number in rows:
+        yield partial(load_fields, partial(_stored_fields, dataset, number), f"{split}:{number}", source, _cached_file)
 
 
 def _stored_fields(dataset: Any, number: int) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from uni_x.data.readers.fields import load_fields
-from uni_x.data.readers.parts import file_inside, reject_rest
+from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load, Rejection
 from uni_x.errors import DataError
 
@@ -21,9 +21,9 @@ _CHUNK = 2**20
 _ARRAY_DELIMITER = re.compile(r"[ \t\r\n]*([\[,\]])[ \t\r\n]*")
 
 
-def json_rows(path: Path, part: str, source: str) -> Iterator[Load]:
-    """Rows of a JSON Lines file, or of the array that a JSON file is; pictures are files inside its folder."""
-    return reject_rest(part, _json_rows(path, part, source))
+def json_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+    """Rows of a JSON Lines file, or of the array that a JSON file is; pictures are files that they name."""
+    return reject_rest(part, _json_rows(path, part, source, resolve))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -68,8 +68,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _json_rows(path: Path, part: str, source: str) -> Iterator[Load]:
-    resolve = partial(file_inside, path.parent)
+def _json_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
     for number, content in _array_elements(path) if _is_array(path) else read_lines(path):
         row_id = f"{part}:{number}"
         if content is None:

@@ -1,67 +1,110 @@
-"""Parquet files, of which a row group is read when the first of its rows is wanted."""
+"""Parquet files, of which a few rows are in memory, however large their row groups are."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from uni_x.data.readers.fields import load_fields
-from uni_x.data.readers.parts import file_inside, reject_rest
+from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load
 from uni_x.errors import DataError
 
+_BATCH_BYTES = 4 * 2**20
+_BATCH_ROWS = (4, 1024)  # at the least and at the most
+_KEPT_BATCHES = 4  # threads read neighbouring rows, and need not do so in order
+_STREAM_BYTES = 2**20  # of a column, read from the file at once
 
-def parquet_rows(path: Path, part: str, source: str) -> Iterator[Load]:
-    """Rows of a Parquet file, numbered from 0; pictures without bytes are files inside its folder."""
-    return reject_rest(part, _parquet_rows(path, part, source))
+
+def parquet_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+    """Rows of a Parquet file, numbered from 0; pictures without bytes are files that they name."""
+    return reject_rest(part, _parquet_rows(path, part, source, resolve))
 
 
-def _parquet_rows(path: Path, part: str, source: str) -> Iterator[Load]:
-    resolve = partial(file_inside, path.parent)
-    groups = _RowGroups(path)
+def _parquet_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+    file = _ParquetFile(path)
     number = 0
-    for group, rows in enumerate(groups.sizes):
+    for group, rows in enumerate(file.group_sizes):
         for row in range(rows):
-            yield partial(load_fields, partial(groups.fields, group, row), f"{part}:{number}", source, resolve)
+            yield partial(load_fields, partial(file.fields, group, row), f"{part}:{number}", source, resolve)
             number += 1
 
 
-class _RowGroups:
-    """A Parquet file with two row groups in memory: threads that are a row apart may stand in different ones."""
+class _ParquetFile:
+    """Rows of a Parquet file, wanted more or less in their order; those before are decoded on the way.
+
+    Attributes:
+        group_sizes: rows of each row group.
+    """
 
     def __init__(self, path: Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, buffer_size=_STREAM_BYTES, pre_buffer=False)
             metadata = self._file.metadata
-            self.sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self.group_sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"not a whole Parquet file ({' '.join(str(error).split())})") from None
+            raise DataError(f"not a whole Parquet file ({_one_line(error)})") from None
         self._lock = threading.Lock()
-        self._loaded: dict[int, Any] = {}  # for a group's number its table, or why it cannot be read
+        self._group, self._next_row = -1, 0
+        self._batches: Iterator[Any] = iter(())  # of the group, from the next row on
+        self._kept: deque[tuple[int, int, Any]] = deque(maxlen=_KEPT_BATCHES)  # with group and first row
+        self._damaged: dict[int, tuple[int, str]] = {}  # for a group the row from which on it cannot be read, and why
 
     def fields(self, group: int, row: int) -> dict[str, Any]:
         """Raises `DataError` where the row group or the row's text is damaged."""
-        table = self._table(group)
-        if isinstance(table, str):
-            raise DataError(f"row group {group} cannot be read ({table})")
+        with self._lock:
+            first, batch = self._kept_batch(group, row) or self._read(group, row)
         try:
-            return table.slice(row, 1).to_pylist()[0]
+            return batch.slice(row - first, 1).to_pylist()[0]
         except UnicodeDecodeError:
             raise DataError("not valid UTF-8") from None
 
-    def _table(self, group: int) -> Any:
+    def _kept_batch(self, group: int, row: int) -> tuple[int, Any] | None:
+        return next(
+            (
+                (first, batch)
+                for kept_group, first, batch in self._kept
+                if kept_group == group and first <= row < first + len(batch)
+            ),
+            None,
+        )
+
+    def _read(self, group: int, row: int) -> tuple[int, Any]:
+        """Goes on to the batch that holds a row, and gives it with its first row."""
         import pyarrow as pa
 
-        with self._lock:
-            if group not in self._loaded:
-                if len(self._loaded) > 1:
-                    del self._loaded[next(iter(self._loaded))]
-                try:
-                    self._loaded[group] = self._file.read_row_group(group)
-                except (pa.ArrowException, OSError, ValueError) as error:
-                    self._loaded[group] = " ".join(str(error).split())
-            return self._loaded[group]
+        damaged_from, reason = self._damaged.get(group, (self.group_sizes[group], ""))
+        if row >= damaged_from:
+            raise DataError(reason)
+        if group != self._group or row < self._next_row:
+            self._start(group)
+        try:
+            while row >= self._next_row:
+                batch, first = next(self._batches, None), self._next_row
+                if batch is None:
+                    raise ValueError("it has fewer rows than it says")
+                self._next_row += len(batch)
+                self._kept.append((group, first, batch))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"row group {group} cannot be read from its row {self._next_row} on ({_one_line(error)})"
+            self._damaged[group] = (self._next_row, reason)
+            self._group = -1
+            raise DataError(reason) from None
+        return first, batch
+
+    def _start(self, group: int) -> None:
+        metadata = self._file.metadata.row_group(group)
+        row_bytes = metadata.total_byte_size // max(metadata.num_rows, 1) + 1
+        least, most = _BATCH_ROWS
+        rows = min(max(_BATCH_BYTES // row_bytes, least), most)
+        self._batches = self._file.iter_batches(rows, row_groups=[group], use_threads=False)
+        self._group, self._next_row = group, 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,154 @@
+import csv
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from tests.data.readers.conftest import ANSWERED, ASKED, RED, read, reasons, write_jsonl
+from uni_x.data.schema import Rejection
+from uni_x.errors import DataError
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(picture_folder):
+    (picture_folder / "notes.md").write_text("no picture")
+    (picture_folder / "._00.png").write_bytes(b"litter")
+    rows = read(picture_folder)
+    assert [row.id for row in rows] == [f"{number:02d}.png" for number in range(18)] + ["more/18.png", "more/19.png"]
+    assert rows[0].caption == "picture number 0"
+    assert rows[0].images == (picture_folder / "00.png",)
+    assert rows[0].source == "pictures"
+    assert [row.id for row in rows if isinstance(row, Rejection)] == ["06.png", "13.png"]
+
+
+def test_captions_that_are_missing_empty_or_not_text_are_told(tmp_path):
+    for name, caption in {"a": None, "b": b" \n", "c": b"\xff\xfe\xfa", "d": "\ufeffé".encode()}.items():
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        if caption is not None:
+            (tmp_path / f"{name}.txt").write_bytes(caption)
+    *rejected, good = read(tmp_path)
+    assert [row.reason for row in rejected] == [
+        "the caption is missing: a.txt",
+        "caption: it is empty",
+        "the caption is not valid UTF-8: c.txt",
+    ]
+    assert (good.caption, good.source) == ("é", tmp_path.name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are Unicode elsewhere")
+def test_file_names_need_not_be_unicode(tmp_path):
+    try:
+        Image.new("RGB", (4, 4)).save(tmp_path / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    (row,) = read(tmp_path)
+    assert row.id == "caf\\udce9.png"
+
+
+def test_captions_stand_in_json_beside_the_pictures(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.png").write_bytes(RED)
+    (tmp_path / "a.json").write_text('{"caption": "a cat", "image": "elsewhere.png"}')
+    (tmp_path / "b.json").write_text(json.dumps({"id": "own", "conversations": ASKED}))
+    (tmp_path / "c.json").write_text('{"caption": "cut o')
+    (tmp_path / "d.json").write_bytes(b'{"text": "\xff"}')
+    (tmp_path / "e.txt").write_text("a dog")
+    (tmp_path / "e.json").write_text('{"width": 6}')
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.png", "own", "c.png", "d.png", "e.png"]
+    assert rows[0].images == (tmp_path / "a.png",)
+    assert (rows[0].caption, rows[1].messages, rows[4].caption) == ("a cat", ANSWERED, "a dog")
+    assert reasons(rows).keys() == {"c.png", "d.png"}
+    assert "not valid JSON" in rows[2].reason
+    assert rows[3].reason == "not valid UTF-8"
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "metadata.csv"])
+def test_captions_stand_in_a_csv(tmp_path, name):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.png").write_bytes(RED)
+    with (tmp_path / name).open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["file_name", "caption"], ["more/a.png", 'a "big" cat,\nasleep'], ["more/a.png", "é"]])
+    rows = read(tmp_path)
+    assert [(row.id, row.caption) for row in rows] == [
+        (f"{name}:2", 'a "big" cat,\nasleep'),
+        (f"{name}:4", "é"),
+    ]
+    assert rows[0].images == (tmp_path / "more" / "a.png",)
+
+
+def test_bad_lines_of_a_csv_cost_themselves_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(RED)
+    (tmp_path.parent / "outside.png").write_bytes(RED)
+    table = [
+        b"image,text",
+        b"a.png,first",
+        b"../outside.png,out",
+        f"{tmp_path}/a.png,absolute".encode(),
+        b"..\\outside.png,out",
+        b"gone.png,missing",
+        b"a\0.png,zero",
+        b"x" * 300 + b".png,long",
+        b"a.png,\xff\xfe",
+        b"a.png,one,two",
+        b",nameless",
+        b'a.png,"a "cat" here"',
+        b"a.png,last",
+        b'a.png,"never closed',
+        b"a.png,swallowed",
+    ]
+    (tmp_path / "captions.csv").write_bytes(b"\n".join(table))
+    rows = read(tmp_path)
+    assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "absolute", "last"]
+    found = reasons(rows)
+    assert list(found) == [f"captions.csv:{number}" for number in (3, 5, 6, 7, 8, 9, 10, 11, 12, 14)]
+    assert found["captions.csv:3"].startswith("the picture is outside the folder of the file that names it")
+    assert found["captions.csv:6"] == "the picture is missing: gone.png"
+    assert found["captions.csv:7"].startswith("the picture is missing: a")
+    assert found["captions.csv:8"].startswith("the picture is missing: xxx")
+    assert found["captions.csv:9"] == "not valid UTF-8"
+    assert found["captions.csv:10"] == "3 cells under 2 columns"
+    assert found["captions.csv:11"] == "no file name in it (column file_name or file or image or path)"
+    assert "lines 12 to 12 are not valid CSV" in found["captions.csv:12"]
+    assert "lines 14 to 15 are not valid CSV" in found["captions.csv:14"]
+
+
+def test_captions_stand_in_the_metadata_of_an_image_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(RED)
+    rows = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.png", "conversations": ASKED}]
+    write_jsonl(tmp_path / "metadata.jsonl", [*rows, {"file_name": "../a.png", "text": "a"}, {"text": "a"}])
+    first, second, *bad = read(tmp_path)
+    assert (first.caption, first.images) == ("a cat", (tmp_path / "a.png",))
+    assert second.messages == ANSWERED
+    assert [row.reason.partition(":")[0] for row in bad] == [
+        "the picture is outside the folder of the file that names it (--pictures allows another)",
+        "no file name in it (column file_name or file or image or path)",
+    ]
+
+
+def test_captions_without_pictures_are_rows_that_are_rejected(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.png", "more/c.JPG"):
+        (tmp_path / name).write_bytes(RED)
+    for name in ("a.txt", "b.txt", "more/c.TXT", "more/d.txt"):
+        (tmp_path / name).write_text("a cat")
+    (tmp_path / "more" / "e.json").write_text('{"caption": "a cat"}')
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.txt", "b.png", "more/c.JPG", "more/d.txt", "more/e.json"]
+    lonely = "no picture stands beside the caption"
+    assert reasons(rows) == dict.fromkeys(("a.txt", "more/d.txt", "more/e.json"), lonely)
+
+
+def test_json_is_a_source_of_its_own_unless_it_captions_pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(RED)
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "labels.json").write_text('{"caption": "a dog"}')
+    with pytest.raises(DataError, match=r"json files such as labels\.json, pictures with captions"):
+        read(tmp_path)
+    (tmp_path / "b.json").write_text('{"caption": "a dog"}')
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.png", "b.png", "labels.json"]
+    assert reasons(rows) == {"labels.json": "no picture stands beside the caption"}

@@ -1,0 +1,112 @@
+"""Which kind of source a file or a folder is, told by the names of the files; what is not clear is asked for."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from uni_x.data.readers.folders import TABLES, directories, has_captions, picture_stems
+from uni_x.data.readers.parts import to_unicode
+from uni_x.errors import DataError
+
+PICTURES, DATASET = "pictures", "dataset"
+KNOWN = (
+    "a folder of pictures with captions; a file, or a folder of files, of .jsonl, .json, .parquet, .tar or .tsv; "
+    "a folder saved by the library datasets; or owner/name on the Hugging Face hub"
+)
+
+_FILES = {
+    "tar": re.compile(r".+\.tar", re.IGNORECASE),
+    "parquet": re.compile(r".+\.parquet", re.IGNORECASE),
+    "tsv": re.compile(r"(.+\.tsv|part-[\w-]+)(\.gz)?", re.IGNORECASE),
+    "jsonl": re.compile(r".+\.jsonl(\.gz)?", re.IGNORECASE),
+    "json": re.compile(r".+\.json(\.gz)?", re.IGNORECASE),
+}
+_DATASET_NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of one kind.
+
+    `folder` holds them; `files` are those to read, by their names: none for a data set, a table of captions or
+    none for pictures.
+    """
+
+    kind: str
+    folder: Path
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == PICTURES:
+            return "pictures with captions"
+        return "a saved data set" if self.kind == DATASET else f"{self.kind} files such as {to_unicode(self.files[0])}"
+
+
+def kind_of_file(path: Path) -> Found:
+    """The kind of a file by its name. Raises `DataError` where it is none."""
+    if path.name in TABLES:
+        return Found(PICTURES, path.parent, (path.name,))
+    for kind, pattern in _FILES.items():
+        if pattern.fullmatch(path.name):
+            return Found(kind, path.parent, (path.name,))
+    raise DataError(f"{to_unicode(str(path))}: no known kind of file (a source is {KNOWN})")
+
+
+def kind_of_folder(folder: Path, wanted: str | None) -> Found:
+    """The kind of source that a folder is, or the one that is `wanted` of several.
+
+    Files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
+    caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named after a
+    tar.
+
+    Raises `DataError` where nothing is there, more than one kind, or nothing that is wanted.
+    """
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file()}
+    found = [Found(kind, folder, files) for kind, files in _files_by_kind(names).items() if files]
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
+        found.append(Found(DATASET, folder))
+    if wanted is not None:
+        found = [Found(PICTURES, folder)] if wanted == PICTURES else [each for each in found if each.kind == wanted]
+    elif not found or _is_captioned(folder, names):
+        found.append(Found(PICTURES, folder))
+    shown = to_unicode(str(folder))
+    if not found:
+        raise DataError(f"{shown}: no source of the kind {wanted} in it")
+    if len(found) > 1:
+        kinds = " or ".join(each.kind for each in found)
+        raise DataError(
+            f"{shown}: holds several kinds of source: {', '.join(map(str, found))}; choose one with --kind {kinds}, "
+            "or name a single file"
+        )
+    return _with_table(found[0], names) if found[0].kind == PICTURES else found[0]
+
+
+def _files_by_kind(names: set[str]) -> dict[str, tuple[str, ...]]:
+    rest = names - set(TABLES) - _DATASET_NOTES
+    files: dict[str, list[str]] = {}
+    for kind, pattern in _FILES.items():
+        files[kind] = sorted(name for name in rest if pattern.fullmatch(name))
+        rest -= set(files[kind])
+    about_tars = tuple(f"{name[:-4]}{mark}" for name in files["tar"] for mark in "._")
+    if not picture_stems(names).isdisjoint(os.path.splitext(name)[0] for name in files["json"]):
+        files["json"] = []  # they are captions
+    return {
+        kind: tuple(name for name in found if kind == "tar" or not name.startswith(about_tars))
+        for kind, found in files.items()
+    }
+
+
+def _is_captioned(folder: Path, names: Iterable[str]) -> bool:
+    return not set(TABLES).isdisjoint(names) or any(has_captions(inside) for _, inside in directories(folder))
+
+
+def _with_table(found: Found, names: Iterable[str]) -> Found:
+    tables = tuple(name for name in TABLES if name in set(names))
+    if len(tables) > 1:
+        raise DataError(
+            f"{to_unicode(str(found.folder))}: holds several tables of captions: {', '.join(tables)}; "
+            "name the one that counts"
+        )
+    return Found(PICTURES, found.folder, tables)
