@@ -8,20 +8,23 @@ from pathlib import Path
 
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from uni_x.data.collate import Collator
-from uni_x.data.dataset import Batch, Source, TrainingStream, held_out_batches, start_positions
-from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
-from uni_x.data.render import Renderer, Vocabulary
+from uni_x.data.dataset import TrainingStream
 from uni_x.data.text_tokenizer import check_vocab_size
 from uni_x.devices import keep_freed_memory
-from uni_x.errors import DataError, RunError
-from uni_x.images import ImageTokenizer
+from uni_x.errors import RunError
 from uni_x.model.plan import build_plan, plan_from_dicts
 from uni_x.model.size import measure_size
 from uni_x.model_folder import save_model_folder, save_tokenizers
 from uni_x.recipe import TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.arguments import training_arguments
+from uni_x.train.batches import (
+    check_codes_are_of,
+    make_held_out,
+    make_renderer,
+    make_stream,
+    tell_what_is_left_out,
+)
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
 from uni_x.train.checkpoints import Standing, last_whole_checkpoint, optimizer_file, read_standing, remove_halves
@@ -107,27 +110,22 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     keep_freed_memory()
     set_seed(recipe.seed)
     start = make_start(recipe, arguments)
-    renderer = Renderer(
-        start.text_tokenizer,
-        Vocabulary.from_config(start.model.config),
-        recipe.data.render,
-        recipe.data.stage,
-    )
-    _check_codes_are_of(start.image_tokenizer, recipe)
+    renderer = make_renderer(recipe, start)
+    check_codes_are_of(start.image_tokenizer, recipe)
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     standing = None if checkpoint is None else read_standing(checkpoint.path)
-    stream = _make_stream(recipe, arguments, renderer, standing)
+    stream = make_stream(recipe, arguments, renderer, standing)
     tokenizers = tokenizers_fingerprint(start)
     if checkpoint is not None and standing is not None:
         _refuse_other_ground(recipe, stream, tokenizers, standing)
         fit_to_launch(checkpoint, arguments)
-    held_out = _held_out(recipe, renderer, arguments.per_device_eval_batch_size)
+    held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
     if arguments.process_index == 0:
         checkpoints = run.path / "checkpoints"
         needs = CHECKPOINT_COPIES * 4 * measure_size(start.model.config).total + LOGS_BYTES
         run.begin(needs_bytes=max(0, needs - remove_halves(checkpoints)))
         save_tokenizers(start, checkpoints)
-        _tell_what_is_left_out(stream)
+        tell_what_is_left_out(stream)
     settle_reporters(arguments, run.path, recipe.tags)
     freeze(start.model, recipe.trainable)
     model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
@@ -177,61 +175,6 @@ def _finish(run: RunFolder, recipe: TrainRecipe, arguments: TrainingArguments, a
     return Trained(run.path / "model", metrics, already_done)
 
 
-def _tell_what_is_left_out(stream: TrainingStream) -> None:
-    forecast = stream.forecast
-    if forecast.dropped or forecast.split:
-        logger.warning(
-            "of the first %d sequences %d are longer than max_length (%d) and left out, and %d are cut into several",
-            forecast.documents + forecast.dropped,
-            forecast.dropped,
-            forecast.max_length,
-            forecast.split,
-        )
-
-
-def _held_out(recipe: TrainRecipe, renderer: Renderer, batch_size: int) -> list[Batch]:
-    section = recipe.validation
-    if section is None:
-        return []
-    return held_out_batches(
-        section.sources,
-        renderer,
-        _collator(renderer),
-        recipe.data.max_length,
-        batch_size,
-        section.samples,
-        packing=recipe.data.packing != "none",
-    )
-
-
-def _collator(renderer: Renderer) -> Collator:
-    vocabulary = renderer.vocabulary
-    return Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id)
-
-
-def _make_stream(
-    recipe: TrainRecipe,
-    arguments: TrainingArguments,
-    renderer: Renderer,
-    standing: Standing | None,
-) -> TrainingStream:
-    """This process's batches, from where the checkpoint has left them."""
-    data = recipe.data
-    former = None if standing is None else standing.positions
-    positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
-    return TrainingStream(
-        [Source(source.path, source.weight, source.fraction) for source in data.sources],
-        renderer,
-        _collator(renderer),
-        data.max_length,
-        arguments.per_device_train_batch_size,
-        recipe.seed,
-        packing=data.packing != "none",
-        split_long_texts=data.long_texts == "split",
-        position=positions[arguments.process_index],
-    )
-
-
 def _refuse_other_ground(recipe: TrainRecipe, stream: TrainingStream, tokenizers: str, standing: Standing) -> None:
     """Raises `RunError` where what a checkpoint was trained on is not what there is now."""
     for what, then, now in (
@@ -242,17 +185,4 @@ def _refuse_other_ground(recipe: TrainRecipe, stream: TrainingStream, tokenizers
             raise RunError(
                 f"{recipe.run}: the {what} of this run changed since its last checkpoint was written; put them back "
                 "as they were, or begin a new run (run=…)"
-            )
-
-
-def _check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
-    """Codes of another image tokenizer look like any others, and would be learned without an error."""
-    ours = tokenizer_fingerprint(tokenizer)
-    for source in recipe.data.sources:
-        theirs = read_fingerprint(source.path)
-        if theirs is not None and theirs != ours:
-            raise DataError(
-                f"{source.path}: was encoded with another image tokenizer than that of "
-                f"{recipe.model.base or recipe.image_tokenizer}; encode it with this one (uni-x encode "
-                "--image-tokenizer), or name that one in the recipe"
             )

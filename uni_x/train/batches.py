@@ -1,0 +1,95 @@
+"""What a recipe trains on: its renderer, its batches, and those held out."""
+
+import logging
+
+from transformers import TrainingArguments
+
+from uni_x.data.collate import Collator
+from uni_x.data.dataset import Batch, Source, TrainingStream, held_out_batches, start_positions
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
+from uni_x.data.render import Renderer, Vocabulary
+from uni_x.errors import DataError
+from uni_x.images import ImageTokenizer
+from uni_x.model_folder import ModelFolder
+from uni_x.recipe import TrainRecipe
+from uni_x.train.checkpoints import Standing
+
+logger = logging.getLogger(__name__)
+
+
+def make_renderer(recipe: TrainRecipe, start: ModelFolder) -> Renderer:
+    """What makes sequences of samples."""
+    return Renderer(
+        start.text_tokenizer, Vocabulary.from_config(start.model.config), recipe.data.render, recipe.data.stage
+    )
+
+
+def make_stream(
+    recipe: TrainRecipe, arguments: TrainingArguments, renderer: Renderer, standing: Standing | None = None
+) -> TrainingStream:
+    """This process's batches, from where a checkpoint has left them.
+
+    Raises:
+        DataError: for sources that cannot be read, are empty, or have no sample that fits.
+    """
+    data = recipe.data
+    former = None if standing is None else standing.positions
+    positions = start_positions(arguments.world_size, arguments.dataloader_num_workers, former)
+    return TrainingStream(
+        [Source(source.path, source.weight, source.fraction) for source in data.sources],
+        renderer,
+        _collator(renderer),
+        data.max_length,
+        arguments.per_device_train_batch_size,
+        recipe.seed,
+        packing=data.packing != "none",
+        split_long_texts=data.long_texts == "split",
+        position=positions[arguments.process_index],
+    )
+
+
+def make_held_out(recipe: TrainRecipe, renderer: Renderer, batch_size: int) -> list[Batch]:
+    """The batches of the recipe's validation; none where it has no such section."""
+    section = recipe.validation
+    if section is None:
+        return []
+    return held_out_batches(
+        section.sources,
+        renderer,
+        _collator(renderer),
+        recipe.data.max_length,
+        batch_size,
+        section.samples,
+        packing=recipe.data.packing != "none",
+    )
+
+
+def tell_what_is_left_out(stream: TrainingStream) -> None:
+    """Warns of samples that are longer than a row."""
+    forecast = stream.forecast
+    if forecast.dropped or forecast.split:
+        logger.warning(
+            "of the first %d sequences %d are longer than max_length (%d) and left out, and %d are cut into several",
+            forecast.documents + forecast.dropped,
+            forecast.dropped,
+            forecast.max_length,
+            forecast.split,
+        )
+
+
+def check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
+    """Raises `DataError` for codes of another image tokenizer, which look like any others."""
+    ours = tokenizer_fingerprint(tokenizer)
+    for source in recipe.data.sources:
+        theirs = read_fingerprint(source.path)
+        if theirs is not None and theirs != ours:
+            raise DataError(
+                f"{source.path}: was encoded with another image tokenizer than that of "
+                f"{recipe.model.base or recipe.image_tokenizer}; encode it with this one (uni-x encode "
+                "--image-tokenizer), or name that one in the recipe"
+            )
+
+
+def _collator(renderer: Renderer) -> Collator:
+    vocabulary = renderer.vocabulary
+    return Collator(vocabulary.image_token_offset + vocabulary.image_codebook_size, vocabulary.pad_token_id)
