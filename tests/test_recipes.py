@@ -1,14 +1,29 @@
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, Qwen2Config
 
+from tests.data.conftest import encoded_folder, image_tokenizer, make_image, samples
+from uni_x.data.schema import Sample
+from uni_x.data.text_tokenizer import train_text_tokenizer
 from uni_x.errors import RecipeError
+from uni_x.images import ImageTokenizer
+from uni_x.model_folder import load_model_folder
 from uni_x.recipe import TokenizerRecipe, TrainRecipe, load_recipe
-from uni_x.train.run import check_before
+from uni_x.train.run import check_before, train
+from uni_x.workflows.convert import init
 from uni_x.workflows.quickstart import load_quickstart_recipe
 
+__all__ = ["encoded_folder", "image_tokenizer", "make_image", "samples"]
+
 RECIPES = Path(__file__).parents[1] / "recipes"
+TRAINING_RECIPES = [
+    file for file in sorted(RECIPES.glob("*.yaml")) if "tokenizer" not in yaml.safe_load(file.read_text())
+]
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
@@ -17,6 +32,58 @@ def test_every_recipe_fits_its_schema(file: Path) -> None:
         load_recipe(file, TokenizerRecipe)
     else:
         check_before(load_recipe(file, TrainRecipe))
+
+
+def plans_of(recipe: Path) -> list[str]:
+    """The plans that the commands at a recipe's head make models with."""
+    found = re.findall(r'"((?:uni-x|uni-share)\([^)]*\)|shared|moe|mot)"', recipe.read_text())
+    return found or plans_of(RECIPES / "qwen2.5-3b-uni-x-pretrain.yaml")
+
+
+@pytest.fixture
+def make_base(image_tokenizer: ImageTokenizer, tmp_path: Path) -> Callable[[str], str]:
+    """A model folder that `uni-x init` makes of a tiny LLM of 20 layers."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 20, "eos_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320, "initializer_range": 0.2}
+    AutoModelForCausalLM.from_config(Qwen2Config(**sizes)).save_pretrained(tmp_path / "llm")
+    train_text_tokenizer(["a red heart left of a blue car"] * 5, 300).save_pretrained(tmp_path / "llm")
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def make(plan: str) -> str:
+        out = tmp_path / f"made-{plan}"
+        init(str(tmp_path / "llm"), str(tmp_path / "tokenizer"), plan, out)
+        return str(out)
+
+    return make
+
+
+@pytest.mark.parametrize("file", TRAINING_RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_trains_at_toy_size(
+    file: Path, make_base: Any, encoded_folder: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    """A few steps with all of its settings but sizes, folders, workers and reporters."""
+    recipe = load_recipe(file, TrainRecipe)
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    for number, source in enumerate(tree["data"]["sources"]):
+        source["path"] = str(encoded_folder(samples, f"source-{number}"))
+    if "validation" in tree:
+        tree["validation"] |= {"sources": [tree["data"]["sources"][0]["path"]], "every": 2}
+    tree["data"]["max_length"] = 256
+    tree["trainer"] |= {"max_steps": 3, "dataloader_num_workers": 0, "report_to": "none", "logging_steps": 1}
+    tree["device"] = "cpu"
+    if recipe.model.base is None:
+        tree["model"] |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        tree["model"] |= {"max_position_embeddings": 256, "num_key_value_heads": None, "head_dim": None}
+        tree |= {"text_tokenizer": {"vocab_size": 400}, "image_tokenizer": str(tmp_path / "tokenizer")}
+    if recipe.lora is not None:
+        pytest.importorskip("peft")
+    for plan in plans_of(file) if recipe.model.base is not None else [None]:
+        tree["run"] = str(tmp_path / f"run-{plan}")
+        if plan is not None:
+            tree["model"]["base"] = make_base(plan)
+        trained = train(TrainRecipe.model_validate(tree))
+        assert [entry["step"] for entry in trained.metrics] == [1, 2, 3]
+        assert load_model_folder(trained.model_dir).model.num_parameters() > 0
 
 
 def test_the_scenes_recipe_is_the_quickstarts() -> None:
