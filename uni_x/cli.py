@@ -166,10 +166,13 @@ def data_check(
 
 @data_app.command("stats")
 def data_stats(
-    path: Annotated[Path, typer.Argument(help="A training recipe, or a folder of shards.")],
-    model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer and rendering count.")] = None,
+    path: Annotated[Path, typer.Argument(help="A training recipe, or a folder of shards with --model.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="For a folder: the model folder whose tokenizer and rendering count.")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or 1024]")
+        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or the most the model takes]")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw the lengths into.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each source.")] = None,
@@ -177,7 +180,7 @@ def data_stats(
     """Counts samples and tokens, and forecasts how they fill rows in training."""
     from uni_x.workflows.data import describe_data
 
-    for line in describe_data(path, model, max_length, picture, limit):
+    for line in describe_data(path, model, max_length, picture, limit, overrides or []):
         typer.echo(line)
 
 

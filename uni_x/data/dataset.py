@@ -190,7 +190,6 @@ class TrainingStream(IterableDataset[Batch]):
         self._bounds = np.concatenate(([0.0], np.cumsum(weights / weights.sum())))
         self._bounds[-1] = 1.0
         self._renderer = renderer
-        self._first_code = renderer.vocabulary.image_token_offset
         self._collate = collate
         self._max_length = max_length
         self._batch_size = batch_size
@@ -221,7 +220,7 @@ class TrainingStream(IterableDataset[Batch]):
             batches, left_out = self.batches_of(block)
             for number in range(used, len(batches)):
                 rows = batches[number]
-                image_tokens = sum(int((row.input_ids >= self._first_code).sum()) for row in rows)
+                image_tokens = sum(row.image_tokens for row in rows)
                 yield self._collate(rows) | {
                     NOTES: BatchNotes(
                         own,
@@ -251,22 +250,14 @@ class TrainingStream(IterableDataset[Batch]):
 
     def _render(self, samples: list[tuple[int, Sample]], rng: np.random.Generator) -> list[Rendered]:
         """Sequences of the samples; those that layout or template refuse are left out, and the log says why."""
-        try:
-            rendered: Sequence[Rendered | None] = self._renderer.render_all([sample for _, sample in samples], rng)
-        except DataError:
-            rendered = [self._try_to_render(sample, rng) for _, sample in samples]
-        return [
-            replace(sequence, folder=folder)
-            for (folder, _), sequence in zip(samples, rendered, strict=True)
-            if sequence is not None
-        ]
-
-    def _try_to_render(self, sample: Sample, rng: np.random.Generator) -> Rendered | None:
-        try:
-            return self._renderer.render(sample, rng)
-        except DataError as error:
-            logger.warning("left out: %s", error)
-            return None
+        sequences = []
+        rendered = self._renderer.try_all([sample for _, sample in samples], rng)
+        for (folder, _), sequence in zip(samples, rendered, strict=True):
+            if isinstance(sequence, DataError):
+                logger.warning("left out: %s", sequence)
+            else:
+                sequences.append(replace(sequence, folder=folder))
+        return sequences
 
     def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]

@@ -74,6 +74,10 @@ class Markers(NamedTuple):
         places = np.arange(self.separator_every, len(ids) + 1, self.separator_every)
         return np.insert(ids, places, self.separator)
 
+    def length(self, image: CodeGrid) -> int:
+        """How many ids the codes have with their separators."""
+        return len(image.codes) + (0 if self.separator is None else len(image.codes) // self.separator_every)
+
 
 @dataclass(frozen=True)
 class Conversation:

@@ -67,7 +67,7 @@ class Rendered:
     labels: np.ndarray  # (length,) int64
     kind: str  # draw, describe, converse or text
     source: str
-    image_tokens: int  # how many of the ids are image codes
+    image_tokens: int  # how many of the ids are image codes or their separators
     sample_id: str = ""
     folder: int = 0  # which of the folders that are mixed it comes from
 
@@ -141,8 +141,22 @@ class Renderer:
         layouts = [self._lay_out(sample, rng) for sample in samples]
         texts = self._tokenize(segment for _, segments in layouts for segment in segments)
         return [
-            _assemble(kind, segments, texts, sample) for (kind, segments), sample in zip(layouts, samples, strict=True)
+            self._assemble(kind, segments, texts, sample)
+            for (kind, segments), sample in zip(layouts, samples, strict=True)
         ]
+
+    def try_all(self, samples: Sequence[Sample], rng: np.random.Generator) -> list[Rendered | DataError]:
+        """Renders samples; in the place of one that layout or template refuse is the error."""
+        try:
+            return list(self.render_all(samples, rng))
+        except DataError:
+            return [self._try(sample, rng) for sample in samples]
+
+    def _try(self, sample: Sample, rng: np.random.Generator) -> Rendered | DataError:
+        try:
+            return self.render(sample, rng)
+        except DataError as error:
+            return error
 
     def draw_prompt(self, caption: str, instruction: str | None = None) -> list[int]:
         """Ids after which the model draws `caption`; the instruction is by default the first of the options'."""
@@ -240,6 +254,20 @@ class Renderer:
             self._ids_kept += sum(map(len, encoded))
         return texts
 
+    def _assemble(
+        self, kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample
+    ) -> Rendered:
+        parts = _parts(segments, texts)
+        input_ids = np.concatenate(parts)
+        trained = np.array([segment.trained for segment in segments]).repeat([len(part) for part in parts])
+        for number, segment in enumerate(segments):
+            if segment.after:
+                start = sum(map(len, parts[:number]))
+                trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
+        labels = np.where(trained, input_ids, IGNORED)
+        image_tokens = sum(map(self._layout.markers.length, sample.images))
+        return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
+
 
 def separator_of(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> tuple[int, int] | None:
     """The id of the separator that the options ask for, and behind how many codes it stands.
@@ -259,21 +287,6 @@ def _texts_of(segment: Segment) -> Iterator[tuple[str, bool]]:
         yield segment.content, segment.special
         if segment.after:
             yield segment.after, segment.special
-
-
-def _assemble(
-    kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample
-) -> Rendered:
-    parts = _parts(segments, texts)
-    input_ids = np.concatenate(parts)
-    trained = np.array([segment.trained for segment in segments]).repeat([len(part) for part in parts])
-    for number, segment in enumerate(segments):
-        if segment.after:
-            start = sum(map(len, parts[:number]))
-            trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
-    labels = np.where(trained, input_ids, IGNORED)
-    image_tokens = sum(len(image.codes) for image in sample.images)
-    return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
 
 
 def _parts(segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray]) -> list[np.ndarray]:

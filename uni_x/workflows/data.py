@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from uni_x.analysis.lengths import save_histogram
 from uni_x.data.check import KINDS, CheckReport, check
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
-from uni_x.data.stats import DataStatistics, TokenCounts, statistics
+from uni_x.data.stats import DataStatistics, FolderStatistics, TokenCounts, statistics
 from uni_x.errors import DataError, UsageError
 from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
 
 if TYPE_CHECKING:
     from uni_x.data.render import Renderer
+    from uni_x.model import UniXConfig
 
 OTHER_TOKENIZER = "the codes are another image tokenizer's"
 _PICTURES = (".svg", ".png")
@@ -81,21 +82,23 @@ def describe_data(
     max_length: int | None = None,
     picture: Path | None = None,
     limit: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Iterator[str]:
     """Lines that tell what the sources of a recipe, or a folder of shards, hold as sequences.
 
     Args:
         path: of a training recipe (.yaml), or of a folder.
         model: the model folder whose tokenizer and rendering count, for a folder.
-        max_length: tokens in a row; None for the recipe's, or the default of recipes.
+        max_length: tokens in a row; None for the recipe's, or the most that the model takes.
         picture: an SVG or PNG file to draw the lengths into.
         limit: at most so many samples of each source.
+        overrides: changes to the recipe, each `key=value` or `section.key=value`.
 
     Raises `UniXError` for what cannot be read, and where `model` is missing or not wanted.
     """
     if picture is not None and picture.suffix.lower() not in _PICTURES:
         raise UsageError(f"{picture}: a picture's name ends in {' or '.join(_PICTURES)}")
-    plan = _plan(path, model)
+    plan = _plan(path, model, overrides)
     data = plan.data
     found = statistics(
         [(Path(source.path), source.weight) for source in data.sources],
@@ -113,25 +116,29 @@ def describe_data(
         yield f"picture: {picture}"
 
 
-def _plan(path: Path, model: Path | None) -> _Plan:
+def _plan(path: Path, model: Path | None, overrides: Sequence[str]) -> _Plan:
     if path.suffix in (".yaml", ".yml"):
         if model is not None:
             raise UsageError("--model: a recipe names its own tokenizers; leave it out")
-        recipe = load_recipe(path, TrainRecipe)
+        recipe = load_recipe(path, TrainRecipe, list(overrides))
         return _Plan(recipe.data, _recipe_renderer(recipe), recipe.seed)
+    if overrides:
+        raise UsageError(f"'{overrides[0]}': {path} is no recipe (.yaml), whose keys could be changed")
     if model is None:
         raise UsageError(f"--model is missing: whose tokenizer and rendering shall {path} be counted with?")
-    return _Plan(DataSection(sources=[SourceSection(path=str(path))]), _model_renderer(model))
+    from uni_x.model_folder import read_model_config
+
+    config = read_model_config(model)
+    data = DataSection(sources=[SourceSection(path=str(path))], max_length=config.max_position_embeddings)
+    return _Plan(data, _model_renderer(model, config))
 
 
-def _model_renderer(model: Path, recipe: TrainRecipe | None = None) -> Renderer:
+def _model_renderer(model: Path, config: UniXConfig, recipe: TrainRecipe | None = None) -> Renderer:
     """The renderer of a model folder, of which neither weights nor image tokenizer are read, or of a recipe with it."""
     from transformers import AutoTokenizer
 
     from uni_x.data.render import Renderer, Vocabulary
-    from uni_x.model_folder import read_model_config
 
-    config = read_model_config(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -145,7 +152,9 @@ def _model_renderer(model: Path, recipe: TrainRecipe | None = None) -> Renderer:
 def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
     """The renderer that training would have; only a text tokenizer is trained for it, where the recipe says so."""
     if recipe.model.base is not None:
-        return _model_renderer(Path(recipe.model.base), recipe)
+        from uni_x.model_folder import read_model_config
+
+        return _model_renderer(Path(recipe.model.base), read_model_config(recipe.model.base), recipe)
     from uni_x.data.render import Renderer, Vocabulary
     from uni_x.images import load_image_tokenizer
     from uni_x.train.start import make_config, make_text_tokenizer
@@ -158,9 +167,9 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
 
 def _describe(found: DataStatistics) -> Iterator[str]:
     total, lengths, too_long, packing = found.total, found.lengths, found.too_long, found.packing
-    yield from _table("source", {name or "(none)": counts for name, counts in found.by_source.items()}, total)
+    yield from _table("source", list(_sources(found.folders)), total)
     yield ""
-    yield from _table("kind", found.by_kind, total)
+    yield from _table("kind", list(found.by_kind.items()), total)
     if len(found.folders) > 1:
         yield ""
         yield "in training, by the weights of the recipe"
@@ -178,18 +187,35 @@ def _describe(found: DataStatistics) -> Iterator[str]:
         yield f"longer than a row of {found.max_length:,}: {longer:,}"
         yield f"  cut into several: {_count(too_long.split, 'text')} of {_count(too_long.split_tokens, 'token')}"
         yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
+    yield from _refusals(found)
     yield (
         f"packing: {_count(packing.documents, 'document')} in {_count(packing.rows, 'row')} of {packing.max_length:,}, "
         f"{packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
     )
 
 
-def _table(name: str, rows: Mapping[str, TokenCounts], total: TokenCounts) -> Iterator[str]:
+def _sources(folders: Sequence[FolderStatistics]) -> Iterator[tuple[str, TokenCounts]]:
+    """A row for each folder, and below it for each of its origins where there are several."""
+    for folder in folders:
+        yield str(folder.path), folder.total
+        if len(folder.by_origin) > 1:
+            yield from ((f"  {origin or '(none)'}", counts) for origin, counts in folder.by_origin.items())
+
+
+def _refusals(found: DataStatistics) -> Iterator[str]:
+    if found.refused:
+        yield f"refused by layout or template, and left out: {_count(found.refused, 'sample')}"
+        for folder in found.folders:
+            if folder.refusal:
+                yield f"  {folder.path}: {folder.refused:,}, the first is {folder.refusal}"
+
+
+def _table(name: str, rows: Sequence[tuple[str, TokenCounts]], total: TokenCounts) -> Iterator[str]:
     """Sequences and tokens, a row for each group and one for all of them."""
-    rows = {**rows, "all": total}
-    width = max(len(name), *map(len, rows))
+    rows = [*rows, ("all", total)]
+    width = max(len(name), *(len(group) for group, _ in rows))
     yield f"{name:<{width}}{'sequences':>14}{'text tokens':>16}{'image tokens':>16}{'of all':>9}"
-    for group, counts in rows.items():
+    for group, counts in rows:
         share = counts.tokens / total.tokens
         numbers = f"{counts.sequences:>14,}{counts.text_tokens:>16,}{counts.image_tokens:>16,}"
         yield f"{group:<{width}}{numbers}{share:>9.1%}"
