@@ -8,14 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment, TemplateLayout
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Sample
-from uni_x.data.templates import load_template, render_template
+from uni_x.data.templates import Template, load_template
 from uni_x.errors import ConfigError, DataError, InputError
 from uni_x.recipe import RenderOptions
 
@@ -125,7 +124,7 @@ class Renderer:
             return PublishedLayout(markers, trains_instructions, sft=self.stage == "sft")
         if options.template is None:
             return HouseLayout(markers, trains_instructions)
-        template = partial(render_template, load_template(options.template, self._tokenizer), self._tokenizer)
+        template = Template(load_template(options.template, self._tokenizer), self._tokenizer)
         eos_token = self._tokenizer.convert_ids_to_tokens(vocabulary.eos_token_id)
         return TemplateLayout(markers, trains_instructions, template, str(eos_token))
 
@@ -141,7 +140,7 @@ class Renderer:
         layouts = [self._lay_out(sample, rng) for sample in samples]
         texts = self._tokenize(segment for _, segments in layouts for segment in segments)
         return [
-            self._assemble(kind, segments, texts, sample)
+            _assemble(kind, segments, texts, sample, self._layout.markers)
             for (kind, segments), sample in zip(layouts, samples, strict=True)
         ]
 
@@ -254,20 +253,6 @@ class Renderer:
             self._ids_kept += sum(map(len, encoded))
         return texts
 
-    def _assemble(
-        self, kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample
-    ) -> Rendered:
-        parts = _parts(segments, texts)
-        input_ids = np.concatenate(parts)
-        trained = np.array([segment.trained for segment in segments]).repeat([len(part) for part in parts])
-        for number, segment in enumerate(segments):
-            if segment.after:
-                start = sum(map(len, parts[:number]))
-                trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
-        labels = np.where(trained, input_ids, IGNORED)
-        image_tokens = sum(map(self._layout.markers.length, sample.images))
-        return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
-
 
 def separator_of(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> tuple[int, int] | None:
     """The id of the separator that the options ask for, and behind how many codes it stands.
@@ -287,6 +272,21 @@ def _texts_of(segment: Segment) -> Iterator[tuple[str, bool]]:
         yield segment.content, segment.special
         if segment.after:
             yield segment.after, segment.special
+
+
+def _assemble(
+    kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample, markers: Markers
+) -> Rendered:
+    parts = _parts(segments, texts)
+    input_ids = np.concatenate(parts)
+    trained = np.array([segment.trained for segment in segments]).repeat([len(part) for part in parts])
+    for number, segment in enumerate(segments):
+        if segment.after:
+            start = sum(map(len, parts[:number]))
+            trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
+    labels = np.where(trained, input_ids, IGNORED)
+    image_tokens = sum(map(markers.length, sample.images))
+    return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
 
 
 def _parts(segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray]) -> list[np.ndarray]:
