@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +12,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from uni_x import cli
+from tests.conftest import RunCommand
 from uni_x.data.text_tokenizer import train_text_tokenizer
 from uni_x.errors import RunError
 from uni_x.model import UniXForCausalLM
 from uni_x.runs import RunFolder, writing_into
-
-RunCommand = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def uni_x(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
-    """Runs `uni-x` with the given words; returns exit code, output and errors."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["uni-x", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -153,14 +153,17 @@ def data_check(
         list[Path] | None,
         typer.Option(help="File of prompts or questions (.txt, .jsonl, .tsv, .parquet) that must not be in the data."),
     ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="At most so many rows are named of each kind of finding.")] = 5,
 ) -> None:
-    """Goes through every sample and lists what is wrong; exit code 1 where something is."""
-    from uni_x.workflows.data import check_folder
+    """Goes through every sample and lists what is wrong; exit code 1 for errors, 0 for remarks alone."""
+    from uni_x.workflows.data import check_folders
 
-    checks = [check_folder(folder, image_tokenizer, benchmark or []) for folder in folders]
-    for line in (line for checked in checks for line in checked.lines):
-        typer.echo(line)
-    if not all(checked.ok for checked in checks):
+    ok = True
+    for checked in check_folders(folders, image_tokenizer, benchmark or [], examples):
+        for line in checked.lines:
+            typer.echo(line)
+        ok = ok and checked.ok
+    if not ok:
         raise typer.Exit(1)
 
 

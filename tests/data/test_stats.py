@@ -270,14 +270,14 @@ def small_model(text_tokenizer, image_tokenizer, vocabulary, tmp_path):
 def test_a_folder_is_described_with_a_models_tokenizer_and_rendering(mixed, small_model, tmp_path):
     picture = tmp_path / "lengths.svg"
     lines = list(describe_data(mixed, small_model, 64, picture))
-    assert re.fullmatch(r"source +sequences +text tokens +image tokens +of all", lines[0])
+    assert re.fullmatch(r"source +sequences +text tokens +image tokens +of all tokens", lines[0])
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert rows["all"][0] == "50"
     assert (rows["draw"][0], rows["draw"][2]) == ("25", "100")
     assert "describe" not in rows  # the model's rendering draws every caption
     assert lines[-4].startswith("lengths: ")
     assert lines[-3] == "longer than a row of 64: none"
-    assert lines[-2].startswith("packing: 50 documents in ")
+    assert lines[-2].startswith("packing: 50 sequences in ")
     assert lines[-1] == f"picture: {picture}"
     assert picture.is_file()
     assert "row of 2,048" in "\n".join(describe_data(mixed, small_model))  # as long as the model's
@@ -298,18 +298,14 @@ def test_overrides_change_the_recipe(mixed, recipe, small_model):
     lines = list(describe_data(path, overrides=["data.max_length=48", "data.render.t2i_ratio=1.0"]))
     assert "row of 48" in "\n".join(lines)
     assert not any(line.startswith("describe") for line in lines)
-    with pytest.raises(UsageError, match=r"'data.max_length=48': .*encoded is no recipe"):
+    with pytest.raises(UsageError, match=r"'data.max_length=48': .*encoded is none; name one folder"):
         list(describe_data(mixed, small_model, overrides=["data.max_length=48"]))
 
 
 def test_what_is_longer_than_a_row_is_told(texts, small_model):
     lines = list(describe_data(texts([8, 25]), small_model, 10))
-    assert lines[-4:-1] == [
-        "longer than a row of 10: 1",
-        "  cut into several: 1 text of 25 tokens",
-        "  left out: 0 sequences of 0 tokens",
-    ]
-    assert lines[-1] == "packing: 4 documents in 4 rows of 10, 1.0 in each, 82.5% full"
+    assert lines[-3:-1] == ["longer than a row of 10: 1", "  cut into several: 1 text of 25 tokens"]
+    assert lines[-1] == "packing: 4 sequences in 4 rows of 10, 1.0 in each, 82.5% full"
 
 
 @pytest.fixture
@@ -364,7 +360,7 @@ def test_a_recipe_without_packing_or_splitting_is_forecast_so(texts, recipe, sma
     )
     lines = list(describe_data(path))
     assert "  left out: 1 sequence of 40 tokens" in lines
-    assert lines[-1].startswith("packing: 10 documents in 10 rows of 32")
+    assert lines[-1] == "packing none: 10 rows of one sequence each"
 
 
 def test_wrong_usage_says_what_is_missing(mixed, recipe, small_model, tmp_path):

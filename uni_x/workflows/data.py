@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uni_x.analysis.lengths import save_histogram
-from uni_x.data.check import KINDS, CheckReport, check
-from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
+from uni_x.data.check import KINDS, CheckReport, Codes, Finding, check
+from uni_x.data.encode import tokenizer_fingerprint
 from uni_x.data.stats import DataStatistics, FolderStatistics, TokenCounts, statistics
 from uni_x.errors import DataError, UsageError
 from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from uni_x.data.render import Renderer
     from uni_x.model import UniXConfig
 
-OTHER_TOKENIZER = "the codes are another image tokenizer's"
 _PICTURES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_folder` has to say, and whether it found nothing."""
+    """What there is to say about a folder, and whether it has no errors."""
 
     lines: tuple[str, ...]
     ok: bool
@@ -39,41 +38,44 @@ class _Plan:
     seed: int = 0
 
 
-def check_folder(
-    folder: Path, image_tokenizer: str | None = None, benchmarks: Sequence[Path] = (), limit: int = 20
-) -> Checked:
-    """Checks a folder of shards, and its codes against an image tokenizer, by its folder or name, where one is given.
+def check_folders(
+    folders: Sequence[Path], image_tokenizer: str | None = None, benchmarks: Sequence[Path] = (), examples: int = 5
+) -> Iterator[Checked]:
+    """Checks folders of shards, and their codes against an image tokenizer, by its folder or name, where one is given.
 
-    Raises `UniXError` where there is nothing to check, or a benchmark's file cannot be read.
+    Of each kind of finding at most so many `examples` are told. Raises `UniXError` where there is nothing to check, or
+    a benchmark's file cannot be read.
     """
-    tokenizer = None
+    codes = None
     if image_tokenizer is not None:
         from uni_x.images import load_image_tokenizer
 
         tokenizer = load_image_tokenizer(image_tokenizer)
-    report = check(
-        folder,
-        codebook_size=None if tokenizer is None else tokenizer.codebook_size,
-        grid=None if tokenizer is None else tokenizer.grid,
-        benchmarks=benchmarks,
-        limit=limit,
-    )
-    other = tokenizer is not None and read_fingerprint(folder) not in (None, tokenizer_fingerprint(tokenizer))
-    return Checked(tuple(_describe_report(report, other)), report.ok and not other)
+        codes = Codes(tokenizer.codebook_size, tokenizer.grid, tokenizer_fingerprint(tokenizer))
+    for folder in folders:
+        report = check(folder, codes=codes, benchmarks=benchmarks, limit=examples)
+        yield Checked(tuple(_describe_report(report)), report.ok)
 
 
-def _describe_report(report: CheckReport, other_tokenizer: bool) -> Iterator[str]:
+def _describe_report(report: CheckReport) -> Iterator[str]:
     held = f"{_count(report.samples, 'sample')} with {_count(report.images, 'image')}"
     yield f"{report.folder}: {held} in {_count(report.shards, 'shard')}"
-    if other_tokenizer:
-        yield f"  {OTHER_TOKENIZER}; encode with this one, or check against that one"
     for finding in report.findings:
-        yield f"  {KINDS[finding.kind]}: {finding.count:,}"
-        yield from (f"    {example}" for example in finding.examples)
-        if finding.count > len(finding.examples):
-            yield f"    and {finding.count - len(finding.examples):,} more"
-    if report.ok and not other_tokenizer:
-        yield "  nothing wrong with it"
+        yield from _describe_finding(finding)
+    if report.ok:
+        yield "  no errors"
+
+
+def _describe_finding(finding: Finding) -> Iterator[str]:
+    head = f"  {'error' if finding.is_error else 'remark'}: {KINDS[finding.kind]}"
+    first = finding.examples[0]
+    if finding.count == 1 and first.shard is None:
+        yield f"{head}; {first}"
+        return
+    yield f"{head}: {finding.count:,}"
+    yield from (f"    {example}" for example in finding.examples)
+    if finding.count > len(finding.examples):
+        yield f"    and {finding.count - len(finding.examples):,} more"
 
 
 def describe_data(
@@ -110,7 +112,7 @@ def describe_data(
         join=data.packing != "none",
         split=data.long_texts == "split",
     )
-    yield from _describe(found)
+    yield from _describe(found, joined=data.packing != "none")
     if picture is not None:
         save_histogram(found, picture)
         yield f"picture: {picture}"
@@ -123,7 +125,10 @@ def _plan(path: Path, model: Path | None, overrides: Sequence[str]) -> _Plan:
         recipe = load_recipe(path, TrainRecipe, list(overrides))
         return _Plan(recipe.data, _recipe_renderer(recipe), recipe.seed)
     if overrides:
-        raise UsageError(f"'{overrides[0]}': {path} is no recipe (.yaml), whose keys could be changed")
+        raise UsageError(
+            f"'{overrides[0]}': what follows a recipe (.yaml) changes it, but {path} is none; name one folder, or "
+            "write a recipe that mixes several"
+        )
     if model is None:
         raise UsageError(f"--model is missing: whose tokenizer and rendering shall {path} be counted with?")
     from uni_x.model_folder import read_model_config
@@ -165,7 +170,7 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
     return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)
 
 
-def _describe(found: DataStatistics) -> Iterator[str]:
+def _describe(found: DataStatistics, joined: bool) -> Iterator[str]:
     total, lengths, too_long, packing = found.total, found.lengths, found.too_long, found.packing
     yield from _table("source", list(_sources(found.folders)), total)
     yield ""
@@ -185,13 +190,18 @@ def _describe(found: DataStatistics) -> Iterator[str]:
         yield f"longer than a row of {found.max_length:,}: none"
     else:
         yield f"longer than a row of {found.max_length:,}: {longer:,}"
-        yield f"  cut into several: {_count(too_long.split, 'text')} of {_count(too_long.split_tokens, 'token')}"
-        yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
+        if too_long.split:
+            yield f"  cut into several: {_count(too_long.split, 'text')} of {_count(too_long.split_tokens, 'token')}"
+        if too_long.dropped:
+            yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
     yield from _refusals(found)
-    yield (
-        f"packing: {_count(packing.documents, 'document')} in {_count(packing.rows, 'row')} of {packing.max_length:,}, "
-        f"{packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
-    )
+    if joined:
+        yield (
+            f"packing: {_count(packing.documents, 'sequence')} in {_count(packing.rows, 'row')} of "
+            f"{packing.max_length:,}, {packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
+        )
+    else:
+        yield f"packing none: {_count(packing.rows, 'row')} of one sequence each"
 
 
 def _sources(folders: Sequence[FolderStatistics]) -> Iterator[tuple[str, TokenCounts]]:
@@ -214,11 +224,11 @@ def _table(name: str, rows: Sequence[tuple[str, TokenCounts]], total: TokenCount
     """Sequences and tokens, a row for each group and one for all of them."""
     rows = [*rows, ("all", total)]
     width = max(len(name), *(len(group) for group, _ in rows))
-    yield f"{name:<{width}}{'sequences':>14}{'text tokens':>16}{'image tokens':>16}{'of all':>9}"
+    yield f"{name:<{width}}{'sequences':>14}{'text tokens':>16}{'image tokens':>16}{'of all tokens':>15}"
     for group, counts in rows:
         share = counts.tokens / total.tokens
         numbers = f"{counts.sequences:>14,}{counts.text_tokens:>16,}{counts.image_tokens:>16,}"
-        yield f"{group:<{width}}{numbers}{share:>9.1%}"
+        yield f"{group:<{width}}{numbers}{share:>15.1%}"
 
 
 def _count(number: int, noun: str) -> str:
