@@ -290,11 +290,15 @@ def init(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: that of the LLM]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Token to stand between image codes (data.render.vis_sep); added where the LLM has none."),
+    ] = None,
 ) -> None:
     """Makes a model that also sees and draws out of a pretrained Qwen2, Qwen2.5, Qwen3 or Llama."""
     from uni_x.workflows.convert import init
 
-    parameters = init(base, image_tokenizer, plan, out, new_rows, init_vision_with_text, dtype, seed)
+    parameters = init(base, image_tokenizer, plan, out, new_rows, init_vision_with_text, dtype, seed, separator)
     typer.echo(f"Model: {out} ({parameters:,} parameters)")
 
 

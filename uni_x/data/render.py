@@ -263,7 +263,10 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> 
         return None
     known = tokenizer.get_vocab()
     if options.vis_sep.token not in known:
-        raise ConfigError(f"vis_sep.token: the text tokenizer has no token {options.vis_sep.token}")
+        raise ConfigError(
+            f"vis_sep.token: the text tokenizer has no token {options.vis_sep.token}; name one that it has, or add it "
+            "to a plain LLM with `uni-x init --separator`"
+        )
     return known[options.vis_sep.token], options.vis_sep.every
 
 
