@@ -477,6 +477,19 @@ def test_another_image_tokenizer_is_told_in_one_line_without_what_follows_from_i
     assert (checked.ok, checked.lines[1:]) == (False, (f"  error: {message}",))
 
 
+def test_folders_of_different_image_tokenizers_are_told_apart(encoded, tmp_path, stored):
+    shutil.copytree(encoded, tmp_path / "same")
+    shutil.copytree(encoded, tmp_path / "other")
+    manifest = tmp_path / "other" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": "0" * 64}))
+    alike = [encoded, tmp_path / "same", stored(captioned("a"))]
+    assert [checked.lines for checked in check_folders(alike)][-1] == ()
+    *_, last = check_folders([*alike, tmp_path / "other"])
+    groups = f"{encoded}, {tmp_path / 'same'} | {tmp_path / 'other'}"
+    message = f"remark: encoded with different image tokenizers, of which a model takes one: {groups}"
+    assert (last.ok, last.lines) == (True, (message,))
+
+
 def test_the_command_exits_with_1_for_errors_and_0_for_remarks(uni_x, stored, benchmark):
     """And tells of every folder."""
     folder = stored(captioned("a"), captioned("b"))

@@ -1,3 +1,4 @@
+import json
 import re
 from xml.etree import ElementTree
 
@@ -350,6 +351,18 @@ def test_a_recipe_brings_sources_tokenizers_length_and_rendering(mixed, texts, r
 def test_a_recipe_with_a_base_takes_its_tokenizer_and_its_own_rendering(mixed, recipe, small_model):
     lines = list(describe_data(recipe([(mixed, 1)], model={"base": str(small_model)})))
     assert [line.split()[1] for line in lines if line.startswith("describe")] == ["25"]
+
+
+def test_codes_of_another_image_tokenizer_are_refused_as_in_training(
+    mixed, recipe, small_model, image_tokenizer_folder
+):
+    (mixed / "manifest.json").write_text(json.dumps({"finished": True, "tokenizer": "0" * 64}))
+    for path in (
+        recipe([(mixed, 1)], model={"base": str(small_model)}),
+        recipe([(mixed, 1)], image_tokenizer=image_tokenizer_folder),
+    ):
+        with pytest.raises(DataError, match="encoded: was encoded with another image tokenizer than that of"):
+            list(describe_data(path))
 
 
 def test_a_recipe_without_packing_or_splitting_is_forecast_so(texts, recipe, small_model):

@@ -303,14 +303,15 @@ def held_out_batches(
     *,
     packing: bool = True,
 ) -> list[Batch]:
-    """The same batches each time, of the first `samples` of each folder.
+    """The same batches each time, of the first `samples` of each folder; what layout or template refuse is left out.
 
     Raises `DataError` where no sample fits into a row, and as `TrainingStream` does.
     """
     rng = np.random.default_rng(0)
     codebook_size = renderer.vocabulary.image_codebook_size
     chosen = [sample for folder in folders for sample in islice(iterate_samples(folder, codebook_size), samples)]
-    rows, _ = pack(renderer.render_all(chosen, rng), max_length, join=packing)
+    sequences = [sequence for sequence in renderer.try_all(chosen, rng) if isinstance(sequence, Rendered)]
+    rows, _ = pack(sequences, max_length, join=packing)
     if not rows:
         raise DataError(f"{', '.join(map(str, folders))}: no held-out sample fits into {max_length} tokens")
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

@@ -113,7 +113,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         recipe.data.render,
         recipe.data.stage,
     )
-    _check_codes_are_of(start.image_tokenizer, recipe)
+    check_codes_are_of(start.image_tokenizer, recipe)
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     standing = None if checkpoint is None else read_standing(checkpoint.path)
     stream = _make_stream(recipe, arguments, renderer, standing)
@@ -245,7 +245,7 @@ def _refuse_other_ground(recipe: TrainRecipe, stream: TrainingStream, tokenizers
             )
 
 
-def _check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
+def check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
     """Codes of another image tokenizer look like any others, and would be learned without an error."""
     ours = tokenizer_fingerprint(tokenizer)
     for source in recipe.data.sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,20 @@ from typing import TYPE_CHECKING
 
 from uni_x.analysis.lengths import save_histogram
 from uni_x.data.check import KINDS, CheckReport, Codes, Finding, check
-from uni_x.data.encode import tokenizer_fingerprint
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.stats import DataStatistics, FolderStatistics, TokenCounts, statistics
-from uni_x.errors import DataError, UsageError
+from uni_x.errors import UsageError
 from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
 
 if TYPE_CHECKING:
     from uni_x.data.render import Renderer
-    from uni_x.model import UniXConfig
 
 _PICTURES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What there is to say about a folder, and whether it has no errors."""
+    """What there is to say about a folder, or about all together, and whether it has no errors."""
 
     lines: tuple[str, ...]
     ok: bool
@@ -55,6 +55,19 @@ def check_folders(
     for folder in folders:
         report = check(folder, codes=codes, benchmarks=benchmarks, limit=examples)
         yield Checked(tuple(_describe_report(report)), report.ok)
+    if codes is None:
+        yield Checked(tuple(_describe_mixture(folders)), ok=True)
+
+
+def _describe_mixture(folders: Sequence[Path]) -> Iterator[str]:
+    """Says which folders cannot be trained on together."""
+    by_tokenizer: defaultdict[str | None, list[str]] = defaultdict(list)
+    for folder in folders:
+        by_tokenizer[read_fingerprint(folder)].append(str(folder))
+    by_tokenizer.pop(None, None)
+    if len(by_tokenizer) > 1:
+        groups = " | ".join(", ".join(group) for group in by_tokenizer.values())
+        yield f"remark: encoded with different image tokenizers, of which a model takes one: {groups}"
 
 
 def _describe_report(report: CheckReport) -> Iterator[str]:
@@ -131,42 +144,32 @@ def _plan(path: Path, model: Path | None, overrides: Sequence[str]) -> _Plan:
         )
     if model is None:
         raise UsageError(f"--model is missing: whose tokenizer and rendering shall {path} be counted with?")
-    from uni_x.model_folder import read_model_config
+    from uni_x.data.render import Renderer, Vocabulary
+    from uni_x.model_folder import load_tokenizers, read_model_config
 
     config = read_model_config(model)
     data = DataSection(sources=[SourceSection(path=str(path))], max_length=config.max_position_embeddings)
-    return _Plan(data, _model_renderer(model, config))
-
-
-def _model_renderer(model: Path, config: UniXConfig, recipe: TrainRecipe | None = None) -> Renderer:
-    """The renderer of a model folder, of which neither weights nor image tokenizer are read, or of a recipe with it."""
-    from transformers import AutoTokenizer
-
-    from uni_x.data.render import Renderer, Vocabulary
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{model}: the text tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if recipe is not None:
-        return Renderer(tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)
     options = check_recipe(config.rendering or {}, RenderOptions, f"{model / 'config.json'}, rendering")
-    return Renderer(tokenizer, Vocabulary.from_config(config), options)
+    return _Plan(data, Renderer(load_tokenizers(model)[0], Vocabulary.from_config(config), options))
 
 
 def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
     """The renderer that training would have; only a text tokenizer is trained for it, where the recipe says so."""
-    if recipe.model.base is not None:
-        from uni_x.model_folder import read_model_config
-
-        return _model_renderer(Path(recipe.model.base), read_model_config(recipe.model.base), recipe)
     from uni_x.data.render import Renderer, Vocabulary
     from uni_x.images import load_image_tokenizer
+    from uni_x.model_folder import load_tokenizers, read_model_config
+    from uni_x.train.run import check_codes_are_of
     from uni_x.train.start import make_config, make_text_tokenizer
 
-    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
-    config = make_config(recipe, image_tokenizer, text_tokenizer)
+    if recipe.model.base is not None:
+        config = read_model_config(recipe.model.base)
+        text_tokenizer, image_tokenizer = load_tokenizers(recipe.model.base)
+        check_codes_are_of(image_tokenizer, recipe)
+    else:
+        image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
+        check_codes_are_of(image_tokenizer, recipe)
+        text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
+        config = make_config(recipe, image_tokenizer, text_tokenizer)
     return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)
 
 
