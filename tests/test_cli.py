@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +12,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from uni_x import cli
+from tests.conftest import RunCommand
 from uni_x.data.text_tokenizer import train_text_tokenizer
 from uni_x.errors import RunError
 from uni_x.model import UniXForCausalLM
 from uni_x.runs import RunFolder, writing_into
-
-RunCommand = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def uni_x(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
-    """Runs `uni-x` with the given words; returns exit code, output and errors."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["uni-x", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -243,6 +222,42 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
         assert message in err.splitlines()[-1]
 
 
+def test_a_separator_that_an_llm_lacks_is_added_when_it_becomes_a_model(uni_x: RunCommand, tmp_path: Path) -> None:
+    base, data, run = tmp_path / "base", tmp_path / "data", tmp_path / "run"
+    tokenizer = train_text_tokenizer(["a red disc"], 270)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    # with padding rows behind its tokens, which are no start for a token
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 9, eos_token_id=0, **sizes)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    uni_x("encode", "scenes", "--out", data, "--limit", "6")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run: {run}\nmodel: {{base: {tmp_path / 'made'}}}\ntrainer: {{max_steps: 2}}\ndevice: cpu\n"
+        f"data: {{sources: [{{path: {data / 'drawing'}}}], render: {{vis_sep: {{every: 4, token: <sep>}}}}}}\n"
+    )
+
+    init = ["init", base, "--image-tokenizer", "scenes", "--plan", "uni-x(1, 1)"]
+    uni_x(*init, "--out", tmp_path / "plain")
+    code, _, err = uni_x("train", recipe, f"model.base={tmp_path / 'plain'}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the text tokenizer has no token <sep>; name one that it has, or add it" in err
+
+    code, _, err = uni_x(*init, "--separator", "<sep>", "--out", tmp_path / "made")
+    assert (code, err) == (0, "")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    separator = len(tokenizer)
+    assert model.config.image_token_offset == separator + 1
+    assert model.config.image_marker_ids == [model.config.vision_start_token_id, separator]
+    rows = model.get_input_embeddings().weight
+    torch.testing.assert_close(rows[separator], rows[:separator].mean(dim=0))
+
+    code, _, err = uni_x("train", recipe)
+    assert code == 0, err
+    code, _, err = uni_x("generate", run / "model", "a red disc", "--out", tmp_path / "drawing.png", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert Image.open(tmp_path / "drawing.png").size == (128, 128)
+
+
 def test_a_published_checkpoint_lacks_tokenizers(uni_x: RunCommand, tmp_path: Path) -> None:
     source, made = Path(__file__).parent / "fixtures" / "published" / "mot", tmp_path / "made"
     code, out, err = uni_x("convert", source, made, "--from", "reference")
@@ -272,7 +287,13 @@ RECIPE = "data: {sources: [{path: absent}]}\ntrainer: {max_steps: 2}\n"
         ("[1, 2]", [], "a recipe is a mapping"),
         ("a: [", [], "not valid YAML"),
         (RECIPE + "modle: {}", [], "unknown key 'modle'; the nearest known key is 'model'"),
-        (RECIPE, ["model.hiden_size=8"], "unknown key 'model.hiden_size'; the nearest known key is 'hidden_size'"),
+        (
+            RECIPE,
+            ["model.hiden_size=8"],
+            "'model.hiden_size=8': unknown key 'model.hiden_size'; the nearest known key is 'model.hidden_size'",
+        ),
+        (RECIPE + "model: {hiden_size: 8}", ["seed=1"], "recipe.yaml: unknown key 'model.hiden_size'"),
+        (RECIPE, ["data.sources=[{pth: a}]"], "the nearest known key is 'data.sources.0.path'"),
         (RECIPE, ["model.hidden_size=-8"], "model.hidden_size: Input should be greater than 0 (got -8)"),
         (RECIPE, ["model.preset=uni-y"], "unknown plan 'uni-y'; the nearest known one is 'uni-x'"),
         (RECIPE, ["model.preset=uni-x", "model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),

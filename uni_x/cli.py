@@ -153,23 +153,29 @@ def data_check(
         list[Path] | None,
         typer.Option(help="File of prompts or questions (.txt, .jsonl, .tsv, .parquet) that must not be in the data."),
     ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="At most so many rows are named of each kind of finding.")] = 5,
 ) -> None:
-    """Goes through every sample and lists what is wrong; exit code 1 where something is."""
-    from uni_x.workflows.data import check_folder
+    """Goes through every sample and lists what is wrong; exit code 1 for errors, 0 for remarks alone."""
+    from uni_x.workflows.data import check_folders
 
-    checks = [check_folder(folder, image_tokenizer, benchmark or []) for folder in folders]
-    for line in (line for checked in checks for line in checked.lines):
-        typer.echo(line)
-    if not all(checked.ok for checked in checks):
+    ok = True
+    for checked in check_folders(folders, image_tokenizer, benchmark or [], examples):
+        for line in checked.lines:
+            typer.echo(line)
+        ok = ok and checked.ok
+    if not ok:
         raise typer.Exit(1)
 
 
 @data_app.command("stats")
 def data_stats(
-    path: Annotated[Path, typer.Argument(help="A training recipe, or a folder of shards.")],
-    model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer and rendering count.")] = None,
+    path: Annotated[Path, typer.Argument(help="A training recipe, or a folder of shards with --model.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="For a folder: the model folder whose tokenizer and rendering count.")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or 1024]")
+        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or the most the model takes]")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw the lengths into.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each source.")] = None,
@@ -177,7 +183,7 @@ def data_stats(
     """Counts samples and tokens, and forecasts how they fill rows in training."""
     from uni_x.workflows.data import describe_data
 
-    for line in describe_data(path, model, max_length, picture, limit):
+    for line in describe_data(path, model, max_length, picture, limit, overrides or []):
         typer.echo(line)
 
 
@@ -284,11 +290,15 @@ def init(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: that of the LLM]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Token to stand between image codes (data.render.vis_sep); added where the LLM has none."),
+    ] = None,
 ) -> None:
     """Makes a model that also sees and draws out of a pretrained Qwen2, Qwen2.5, Qwen3 or Llama."""
     from uni_x.workflows.convert import init
 
-    parameters = init(base, image_tokenizer, plan, out, new_rows, init_vision_with_text, dtype, seed)
+    parameters = init(base, image_tokenizer, plan, out, new_rows, init_vision_with_text, dtype, seed, separator)
     typer.echo(f"Model: {out} ({parameters:,} parameters)")
 
 

@@ -135,15 +135,23 @@ def load_model_folder(
     Raises:
         DataError: that says what the folder lacks.
     """
-    path = Path(path)
     model = load_model(path, dtype, device)
+    return ModelFolder(model, *load_tokenizers(path)).to(device)
+
+
+def load_tokenizers(path: str | Path) -> tuple[PreTrainedTokenizerBase, ImageTokenizer]:
+    """Reads the text and the image tokenizer of a model folder, or of the folder above a checkpoint.
+
+    Raises:
+        DataError: that says what the folder lacks.
+    """
+    path = Path(path)
     tokenizers = path if (path / IMAGE_TOKENIZER).is_dir() else path.parent
     if not (tokenizers / IMAGE_TOKENIZER).is_dir():
         raise DataError(f"{path}: not a complete model folder (it has no {IMAGE_TOKENIZER})")
     with _loading(path):
         text_tokenizer = AutoTokenizer.from_pretrained(tokenizers, local_files_only=True)
-    image_tokenizer = ImageTokenizer.from_pretrained(tokenizers / IMAGE_TOKENIZER)
-    return ModelFolder(model, text_tokenizer, image_tokenizer).to(device)
+    return text_tokenizer, ImageTokenizer.from_pretrained(tokenizers / IMAGE_TOKENIZER)
 
 
 def _open_to_readers(folder: Path) -> None:

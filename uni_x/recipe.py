@@ -5,6 +5,7 @@ knows nothing of torch, so that a recipe can be checked in a fraction of a secon
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -21,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from uni_x.errors import RecipeError, UsageError
 
@@ -67,7 +69,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str] | None = None) -> SectionType:
     """Reads a YAML recipe, applies `key.key=value` overrides (values are YAML) and checks it against `schema`.
 
-    Raises `RecipeError` with one line that names the file, the key and the nearest known key.
+    Raises `RecipeError` with one line that names the file or the override, the key and the nearest known key.
     """
     path = Path(path)
     try:
@@ -87,20 +89,29 @@ def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str
             raise RecipeError(f"{path}: this is a recipe for `uni-x train`")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this file holds a {type(tree).__name__}")
-    for override in overrides or []:
-        apply_override(tree, override)
-    return check_recipe(tree, schema, str(path))
+    return check_recipe(tree, schema, str(path), overrides or [])
 
 
-def check_recipe(tree: dict[str, Any], schema: type[SectionType], where: str) -> SectionType:
-    """Turns a mapping into a recipe of `schema`; `where` names its source in errors."""
+def check_recipe(
+    tree: dict[str, Any], schema: type[SectionType], where: str, overrides: Sequence[str] = ()
+) -> SectionType:
+    """Turns a mapping, changed by `key.key=value` overrides, into a recipe of `schema`.
+
+    Raises `RecipeError` that names the override at fault, or else `where`, which is what the mapping comes from.
+    """
+    for override in overrides:
+        _apply_override(tree, override)
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_first_problem(error, schema)}") from None
+        problem = _first_problem(error)
+        name = ".".join(_location(problem)) + "."
+        blamed = [override for override in overrides if name.startswith(override.partition("=")[0] + ".")]
+        where = f"'{blamed[-1]}'" if blamed else where
+        raise RecipeError(f"{where}: {_describe_problem(problem, schema)}") from None
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Puts one `key.key=value` into a recipe's mapping; raises `UsageError` where it has another form."""
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -120,17 +131,27 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
-    problem = error.errors()[0]
+def _first_problem(error: ValidationError) -> ErrorDetails:
+    """An unknown key before others: a misspelt one is the cause of another that is missing."""
+    problems = error.errors()
+    return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+
+
+def _location(problem: ErrorDetails) -> list[str]:
+    """The keys that lead to a problem."""
     # pydantic names the chosen kind of a network as if it were a key
     kinds = ("vqgan", "patch")
     parts = problem["loc"]
-    location = [str(p) for place, p in enumerate(parts) if not (place and parts[place - 1] == "network" and p in kinds)]
+    return [str(p) for place, p in enumerate(parts) if not (place and parts[place - 1] == "network" and p in kinds)]
+
+
+def _describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
+    location = _location(problem)
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _keys_beside(schema, problem["loc"])
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        hint = f"; the nearest known key is '{nearest[0]}'" if nearest else ""
+        hint = f"; the nearest known key is '{'.'.join((*location[:-1], nearest[0]))}'" if nearest else ""
         return f"unknown key '{name}'{hint}"
     if problem["type"] == "missing":
         return f"the key '{name}' is missing"

@@ -5,14 +5,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from uni_x.data.check import check
+from uni_x.data.check import Codes, check
 from uni_x.data.encode import encode
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.readers import open_source
 from uni_x.data.schema import Sample
-from uni_x.data.shards import parquet_schema
+from uni_x.data.shards import EncodedSamples, parquet_schema
 from uni_x.errors import DataError, UsageError
-from uni_x.workflows.data import check_folder
+from uni_x.images import ImageTokenizer
+from uni_x.recipe import PatchNetwork, TokenizerConfig
+from uni_x.workflows.data import check_folders
 
 CODEBOOK_SIZE = 64
 
@@ -68,14 +70,14 @@ def kinds(report):
 
 
 def test_a_sound_folder_has_no_findings(encoded, image_tokenizer):
-    report = check(encoded, codebook_size=CODEBOOK_SIZE, grid=image_tokenizer.grid)
+    report = check(encoded, codes=Codes(CODEBOOK_SIZE, image_tokenizer.grid))
     assert report.ok
     assert report.findings == ()
     assert (report.shards, report.samples, report.images) == (3, 18, 18)
 
 
 def test_a_folder_without_a_manifest_is_checked_alike(encoded_folder, samples):
-    assert check(encoded_folder(samples), codebook_size=CODEBOOK_SIZE).ok
+    assert check(encoded_folder(samples), codes=Codes(CODEBOOK_SIZE)).ok
 
 
 def test_faults_of_rows_name_shard_row_id_and_field(stored):
@@ -99,8 +101,8 @@ def test_faults_of_rows_name_shard_row_id_and_field(stored):
         {"id": "grid", "images": [image((1, 2, 3))], "caption": "a star"},
         {"id": "codes", "images": [image((0, 1, 2, 64))], "caption": "a star"},
     )
-    report = check(folder, codebook_size=CODEBOOK_SIZE)
-    assert kinds(report) == {"schema": 11}
+    report = check(folder, codes=Codes(CODEBOOK_SIZE))
+    assert kinds(report) == {"schema": 10, "codes": 1}
     name = "part-0.parquet"
     assert said(report, "schema") == [
         (name, 1, "empty", "caption: it is empty"),
@@ -113,8 +115,8 @@ def test_faults_of_rows_name_shard_row_id_and_field(stored):
         (name, 8, "null image", "images[0]: it is null"),
         (name, 9, "null message", "messages[0].role: it is null"),
         (name, 10, "grid", "images[0].codes: 3 codes do not fill a grid of 2 x 2"),
-        (name, 11, "codes", "images[0].codes: code 64 is not in a codebook of 64"),
     ]
+    assert said(report, "codes") == [(name, 11, "codes", "images[0]: code 64 is not in a codebook of 64")]
 
 
 def test_codes_of_other_integer_types_are_judged_one_by_one(stored):
@@ -128,7 +130,7 @@ def test_codes_of_other_integer_types_are_judged_one_by_one(stored):
         {"id": 4, "images": [image((0, 2**40, 2, 3))], "caption": "three stars"},
         schema=schema,
     )
-    report = check(folder, codebook_size=CODEBOOK_SIZE)
+    report = check(folder, codes=Codes(CODEBOOK_SIZE))
     assert [(row, row_id) for _, row, row_id, _ in said(report, "schema")] == [(1, "2"), (2, "3"), (3, "4")]
     assert said(report, "schema")[0][3] == "images[0].codes: a code is null, below 0 or above 4294967295"
     assert kinds(report) == {"schema": 3}
@@ -149,17 +151,17 @@ def test_a_code_is_held_against_the_manifests_codebook_where_none_is_given(encod
     manifest = json.loads((encoded / "manifest.json").read_text())
     (encoded / "manifest.json").write_text(json.dumps({**manifest, "codebook_size": 2}))
     report = check(encoded)
-    assert kinds(report)["schema"] > 0
-    assert "is not in a codebook of 2" in said(report, "schema")[0][3]
-    assert "schema" not in kinds(check(encoded, codebook_size=CODEBOOK_SIZE))
+    assert kinds(report)["codes"] > 0
+    assert "is not in a codebook of 2" in said(report, "codes")[0][3]
+    assert "codes" not in kinds(check(encoded, codes=Codes(CODEBOOK_SIZE)))
 
 
 def test_images_of_another_grid_than_the_tokenizers_are_found(stored):
     folder = stored(captioned("a"), {"id": "b", "images": [image((1, 2), 1, 2)], "caption": "a star"})
     assert check(folder).ok
-    report = check(folder, grid=(2, 2))
+    report = check(folder, codes=Codes(CODEBOOK_SIZE, (2, 2)))
     message = "images[0]: 1 x 2 codes, the tokenizer makes 2 x 2"
-    assert said(report, "grid") == [("part-0.parquet", 1, "b", message)]
+    assert said(report, "codes") == [("part-0.parquet", 1, "b", message)]
 
 
 def test_repeated_ids_and_contents_name_where_they_were_before(stored):
@@ -167,10 +169,11 @@ def test_repeated_ids_and_contents_name_where_they_were_before(stored):
     folder = stored(captioned("c"), captioned("b", "a car"), captioned("d", "a car", source="elsewhere"))
     report = check(folder)
     assert kinds(report) == {"id": 1, "content": 2}
+    assert report.ok  # these are remarks
     assert said(report, "id") == [("part-1.parquet", 1, "b", "it has the id of part-0.parquet, row 1")]
     assert said(report, "content") == [
-        ("part-1.parquet", 0, "c", "it has the content of part-0.parquet, row 0"),
-        ("part-1.parquet", 2, "d", "it has the content of part-1.parquet, row 1"),
+        ("part-1.parquet", 0, "c", "it has the texts and codes of part-0.parquet, row 0"),
+        ("part-1.parquet", 2, "d", "it has the texts and codes of part-1.parquet, row 1"),
     ]
 
 
@@ -215,7 +218,7 @@ def test_rows_of_large_row_groups_keep_their_images_and_messages(tmp_path):
         for number in range(1000)
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=parquet_schema(CODEBOOK_SIZE)), tmp_path / "a.parquet")
-    report = check(tmp_path, codebook_size=CODEBOOK_SIZE)
+    report = check(tmp_path, codes=Codes(CODEBOOK_SIZE))
     assert said(report, "schema") == [("a.parquet", 700, "700", "messages[1].content: it is empty")]
     assert kinds(report) == {"schema": 1}
     assert report.images == sum(number % 3 for number in range(1000))
@@ -272,8 +275,8 @@ def test_a_missing_shard_does_not_add_up_with_the_manifest(encoded):
     assert kinds(report) == {"manifest": 4}
     messages = [message for *_, message in said(report, "manifest")]
     assert messages[:2] == [
-        "manifest.json counts 20 read, the shards 12",
-        "manifest.json counts 18 written, the shards 11",
+        "20 rows were read by manifest.json, 12 by the shards",
+        "18 rows were written by manifest.json, 11 by the shards",
     ]
 
 
@@ -283,18 +286,18 @@ def test_a_shard_that_was_put_there_or_rewritten_is_named(encoded, stored):
     pq.write_table(table.slice(0, 3), first)
     report = check(encoded)
     assert said(report, "manifest")[0] == (
-        "part-00000-00000.parquet", None, None, "its footer tells of 7 samples, it holds 3",
+        "part-00000-00000.parquet", None, None, "7 samples were written, it holds 3",
     )  # fmt: skip
     foreign = stored(captioned("a"))
     shutil.copy(foreign / "part-0.parquet", encoded / "part-z.parquet")
-    assert ("part-z.parquet", None, None, "it is none of `uni-x encode`, the folder is") in said(
+    assert ("part-z.parquet", None, None, "`uni-x encode` has not written it, as it has the folder") in said(
         check(encoded), "manifest"
     )
 
 
 def test_rejects_that_are_missing_do_not_add_up(encoded):
     (encoded / "rejects.jsonl").write_text("")
-    assert said(check(encoded), "manifest") == [(None, None, None, "rejects.jsonl has 0 lines, the shards tell of 2")]
+    assert said(check(encoded), "manifest") == [(None, None, None, "2 rows were rejected, rejects.jsonl has 0")]
 
 
 @pytest.mark.parametrize("content", ["[1]", "not JSON", "{}"])
@@ -313,8 +316,30 @@ def test_only_the_first_of_many_are_kept(stored):
 def test_nothing_to_check_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         check(tmp_path / "nothing")
-    with pytest.raises(DataError, match="no Parquet shards in it"):
+    with pytest.raises(DataError, match="no Parquet shards in it; `uni-x encode` makes them"):
         check(tmp_path)
+
+
+def test_a_folder_of_folders_and_a_shard_are_not_a_folder_of_shards(encoded):
+    message = r"no Parquet shards in it, but in its folders; name each \(encoded\)"
+    with pytest.raises(DataError, match=message):
+        check(encoded.parent)
+    with pytest.raises(DataError, match=message):  # training says the same
+        EncodedSamples(encoded.parent, CODEBOOK_SIZE)
+    with pytest.raises(DataError, match=r"part-00000-00000.parquet: a file, not a folder of shards"):
+        check(encoded / "part-00000-00000.parquet")
+
+
+def test_a_folder_without_samples_is_an_error(tmp_path, stored, image_tokenizer):
+    assert said(check(stored()), "empty") == [(None, None, None, "nothing was encoded")]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "broken.png").write_bytes(b"not a picture")
+    (pictures / "broken.txt").write_text("a star")
+    encode(open_source(str(pictures)), image_tokenizer, tmp_path / "encoded", source="pictures")
+    report = check(tmp_path / "encoded")
+    assert not report.ok
+    assert said(report, "empty") == [(None, None, None, "rejects.jsonl says why")]
 
 
 def test_prompts_of_a_benchmark_are_found_in_captions_questions_and_texts(stored, benchmark):
@@ -332,9 +357,9 @@ def test_prompts_of_a_benchmark_are_found_in_captions_questions_and_texts(stored
     report = check(folder, benchmarks=[prompts, asked])
     assert kinds(report) == {"benchmark": 3}
     assert said(report, "benchmark") == [
-        ("part-0.parquet", 0, "drawn", "caption: it is that of prompts.txt, line 1"),
-        ("part-0.parquet", 2, "asked", "messages[0].content: it is that of asked.jsonl, line 1"),
-        ("part-0.parquet", 3, "told", "text: it is that of prompts.txt, line 3"),
+        ("part-0.parquet", 0, "drawn", "caption: it is the text of prompts.txt, line 1"),
+        ("part-0.parquet", 2, "asked", "messages[0].content: it is the text of asked.jsonl, line 1"),
+        ("part-0.parquet", 3, "told", "text: it is the text of prompts.txt, line 3"),
     ]
 
 
@@ -426,24 +451,50 @@ def tokenizer_folder(image_tokenizer, tmp_path):
 
 
 def test_the_lines_say_what_is_wrong_and_where(stored, tokenizer_folder):
+    stored(captioned("star", "a star"), captioned("again", "a star"))
     folder = stored(*(captioned(f"{number}", " " * (number + 1)) for number in range(3)))
-    checked = check_folder(folder, tokenizer_folder, limit=2)
+    (checked,) = check_folders([folder], tokenizer_folder, examples=2)
     assert not checked.ok
     assert list(checked.lines) == [
-        f"{folder}: 3 samples with 3 images in 1 shard",
-        "  samples that cannot be trained on: 3",
-        "    part-0.parquet, row 0 ('0'): caption: it is empty",
-        "    part-0.parquet, row 1 ('1'): caption: it is empty",
+        f"{folder}: 5 samples with 5 images in 2 shards",
+        "  error: samples that cannot be trained on: 3",
+        "    part-1.parquet, row 0 ('0'): caption: it is empty",
+        "    part-1.parquet, row 1 ('1'): caption: it is empty",
         "    and 1 more",
+        "  remark: samples with the texts and codes of an earlier one: 1",
+        "    part-0.parquet, row 1 ('again'): it has the texts and codes of part-0.parquet, row 0",
     ]
 
 
-def test_codes_of_another_tokenizer_are_told_by_the_manifest(encoded, tokenizer_folder):
-    checked = check_folder(encoded, tokenizer_folder)
-    assert checked.ok
-    assert checked.lines[-1] == "  nothing wrong with it"
-    manifest = json.loads((encoded / "manifest.json").read_text())
-    (encoded / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": "0" * 64}))
-    checked = check_folder(encoded, tokenizer_folder)
-    assert not checked.ok
-    assert checked.lines[1].startswith("  the codes are another image tokenizer's")
+def test_another_image_tokenizer_is_told_in_one_line_without_what_follows_from_it(encoded, tmp_path, tokenizer_folder):
+    (checked,) = check_folders([encoded], tokenizer_folder)
+    assert (checked.ok, checked.lines[1:]) == (True, ("  no errors",))
+    network = PatchNetwork(patch_size=4, embed_dim=4, encoder_sizes=(8,), decoder_sizes=(8,))
+    other = TokenizerConfig(resolution=16, codebook_size=2, network=network)
+    ImageTokenizer(other).save_pretrained(tmp_path / "other")
+    (checked,) = check_folders([encoded], str(tmp_path / "other"))
+    message = "encoded with another image tokenizer; check against that one, or encode again with this one"
+    assert (checked.ok, checked.lines[1:]) == (False, (f"  error: {message}",))
+
+
+def test_folders_of_different_image_tokenizers_are_told_apart(encoded, tmp_path, stored):
+    shutil.copytree(encoded, tmp_path / "same")
+    shutil.copytree(encoded, tmp_path / "other")
+    manifest = tmp_path / "other" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": "0" * 64}))
+    alike = [encoded, tmp_path / "same", stored(captioned("a"))]
+    assert [checked.lines for checked in check_folders(alike)][-1] == ()
+    *_, last = check_folders([*alike, tmp_path / "other"])
+    groups = f"{encoded}, {tmp_path / 'same'} | {tmp_path / 'other'}"
+    message = f"remark: encoded with different image tokenizers, of which a model takes one: {groups}"
+    assert (last.ok, last.lines) == (True, (message,))
+
+
+def test_the_command_exits_with_1_for_errors_and_0_for_remarks(uni_x, stored, benchmark):
+    """And tells of every folder."""
+    folder = stored(captioned("a"), captioned("b"))
+    code, out, _ = uni_x("data", "check", folder)
+    assert (code, out.splitlines()[-1]) == (0, "  no errors")
+    prompts = benchmark("prompts.txt", "a red heart")
+    code, out, _ = uni_x("data", "check", folder, folder, "--benchmark", prompts, "--examples", "1")
+    assert (code, out.count("error: samples with a text of a benchmark: 2"), out.count("and 1 more")) == (1, 2, 2)

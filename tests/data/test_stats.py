@@ -1,3 +1,4 @@
+import json
 import re
 from xml.etree import ElementTree
 
@@ -54,15 +55,39 @@ def texts(encoded_folder, filler):
 def test_samples_and_tokens_are_counted_by_source_and_kind(mixed, make_renderer, samples):
     renderer = make_renderer(t2i_ratio=1.0, unconditional_share=0.0)
     found = statistics([(mixed, 1.0)], renderer, 64)
-    assert set(found.counts) == {("drawn", "draw"), ("asked", "converse")}
+    (folder,) = found.folders
+    assert set(folder.counts) == {("drawn", "draw"), ("asked", "converse")}
     assert list(found.by_kind) == ["draw", "converse"]
-    assert found.by_source["drawn"] == found.by_kind["draw"]
+    assert folder.by_origin["drawn"] == found.by_kind["draw"]
     assert (found.by_kind["draw"].sequences, found.by_kind["draw"].image_tokens) == (25, 100)
     rendered = [renderer.render(sample, np.random.default_rng(0)) for sample in samples if sample.source == "asked"]
     text_tokens = sum(len(sequence.input_ids) - 4 for sequence in rendered)
-    assert found.by_source["asked"] == TokenCounts(25, text_tokens, 100)
+    assert folder.by_origin["asked"] == TokenCounts(25, text_tokens, 100)
     assert found.total.sequences == 50
-    assert found.total.tokens == found.by_source["asked"].tokens + found.by_source["drawn"].tokens
+    assert found.total.tokens == folder.by_origin["asked"].tokens + folder.by_origin["drawn"].tokens
+
+
+def test_separators_are_image_tokens(mixed, make_renderer):
+    token = "<|vision_end|>"  # any that the tokenizer has
+    plain, separated = make_renderer(), make_renderer(vis_sep={"every": 2, "token": token})
+    before, after = (statistics([(mixed, 1.0)], renderer, 64).total for renderer in (plain, separated))
+    assert (before.image_tokens, after.image_tokens) == (200, 300)
+    assert after.text_tokens == before.text_tokens
+
+
+def test_what_a_template_refuses_is_counted_as_left_out(encoded_folder, samples, make_renderer):
+    template = "{% for m in messages %}{% if 'system' == m.role %}{{ raise_exception('no systems') }}{% endif %}" + (
+        "[{{ m.content }}]{% endfor %}"
+    )
+    turns = (Message("system", "Be short."), Message("user", "Hi"), Message("assistant", "Hello"))
+    refused = [Sample(f"refused-{number}", messages=turns) for number in range(3)]
+    found = statistics([(encoded_folder(samples + refused), 1.0)], make_renderer(template=template), 64)
+    (folder,) = found.folders
+    assert (found.total.sequences, found.refused, folder.refused) == (50, 3, 3)
+    assert re.fullmatch(r"sample 'refused-\d', messages: the template refuses them \(no systems\)", folder.refusal)
+    only = encoded_folder(refused, "refused")
+    with pytest.raises(DataError, match=r"refused: none of its 3 samples can be rendered; the first: sample 'refused-"):
+        statistics([(only, 1.0)], make_renderer(template=template), 64)
 
 
 def test_captions_are_drawn_and_described_as_the_renderer_says(mixed, make_renderer):
@@ -76,7 +101,7 @@ def test_captions_are_drawn_and_described_as_the_renderer_says(mixed, make_rende
 def test_the_same_seed_counts_the_same(mixed, make_renderer):
     first, same, other = (statistics([(mixed, 1.0)], make_renderer(), 64, seed) for seed in (3, 3, 4))
     assert first == same
-    assert first.counts != other.counts
+    assert first.by_kind != other.by_kind
 
 
 def test_lengths_and_their_histogram(texts, make_renderer):
@@ -147,7 +172,7 @@ def test_weights_are_shares_of_the_sequences(texts, make_renderer):
     short, long = texts([10] * 90, "short"), texts([30] * 10, "long", "other")
     found = statistics([(short, 1.0), (long, 3.0)], make_renderer(), 1000)
     assert found.total == TokenCounts(100, 1200, 0)
-    assert found.by_source == {"told": TokenCounts(90, 900, 0), "other": TokenCounts(10, 300, 0)}
+    assert [folder.total for folder in found.folders] == [TokenCounts(90, 900, 0), TokenCounts(10, 300, 0)]
     assert [folder.weight for folder in found.folders] == [0.25, 0.75]
     assert [folder.token_share for folder in found.folders] == pytest.approx([0.1, 0.9])
     assert found.packing.tokens == 25 * 10 + 75 * 30
@@ -163,9 +188,9 @@ def test_a_folder_of_weight_0_is_counted_but_not_in_the_forecast(texts, make_ren
 def test_a_limit_and_a_fraction_hold_for_each_folder(texts, make_renderer):
     folders = [(texts([10] * 40, "a"), 1.0), (texts([30] * 4, "b"), 1.0)]
     limited = statistics(folders, make_renderer(), 100, limit=8)
-    assert [folder.counts.sequences for folder in limited.folders] == [8, 4]
+    assert [folder.total.sequences for folder in limited.folders] == [8, 4]
     parts = statistics(folders, make_renderer(), 100, fractions=[0.5, 0.25])
-    assert [folder.counts.sequences for folder in parts.folders] == [20, 1]
+    assert [folder.total.sequences for folder in parts.folders] == [20, 1]
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0]])
@@ -236,6 +261,7 @@ def small_model(text_tokenizer, image_tokenizer, vocabulary, tmp_path):
         eos_token_id=vocabulary.eos_token_id,
         pad_token_id=vocabulary.pad_token_id,
         rendering={"t2i_ratio": 1.0},
+        max_position_embeddings=2048,
     )
     folder = ModelFolder(UniXForCausalLM(config), text_tokenizer, image_tokenizer)
     save_model_folder(folder, tmp_path / "model")
@@ -245,26 +271,42 @@ def small_model(text_tokenizer, image_tokenizer, vocabulary, tmp_path):
 def test_a_folder_is_described_with_a_models_tokenizer_and_rendering(mixed, small_model, tmp_path):
     picture = tmp_path / "lengths.svg"
     lines = list(describe_data(mixed, small_model, 64, picture))
-    assert re.fullmatch(r"source +sequences +text tokens +image tokens +of all", lines[0])
+    assert re.fullmatch(r"source +sequences +text tokens +image tokens +of all tokens", lines[0])
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert rows["all"][0] == "50"
     assert (rows["draw"][0], rows["draw"][2]) == ("25", "100")
     assert "describe" not in rows  # the model's rendering draws every caption
     assert lines[-4].startswith("lengths: ")
     assert lines[-3] == "longer than a row of 64: none"
-    assert lines[-2].startswith("packing: 50 documents in ")
+    assert lines[-2].startswith("packing: 50 sequences in ")
     assert lines[-1] == f"picture: {picture}"
     assert picture.is_file()
+    assert "row of 2,048" in "\n".join(describe_data(mixed, small_model))  # as long as the model's
+
+
+def test_a_source_has_its_path_for_a_name_and_its_origins_below_it(mixed, texts, recipe, small_model):
+    told = texts([6] * 10)
+    lines = list(describe_data(recipe([(mixed, 1), (told, 3)], model={"base": str(small_model)})))
+    names = [re.split(r"  +", line)[0] for line in lines[1:5]]
+    assert (names[0], names[3]) == (str(mixed), str(told))
+    assert sorted(line.split()[0] for line in lines[2:4]) == ["asked", "drawn"]
+    assert all(line.startswith("  ") for line in lines[2:4])
+    assert f"  {mixed}: 25.0% of the sequences" in "\n".join(lines)
+
+
+def test_overrides_change_the_recipe(mixed, recipe, small_model):
+    path = recipe([(mixed, 1)], model={"base": str(small_model)})
+    lines = list(describe_data(path, overrides=["data.max_length=48", "data.render.t2i_ratio=1.0"]))
+    assert "row of 48" in "\n".join(lines)
+    assert not any(line.startswith("describe") for line in lines)
+    with pytest.raises(UsageError, match=r"'data.max_length=48': .*encoded is none; name one folder"):
+        list(describe_data(mixed, small_model, overrides=["data.max_length=48"]))
 
 
 def test_what_is_longer_than_a_row_is_told(texts, small_model):
     lines = list(describe_data(texts([8, 25]), small_model, 10))
-    assert lines[-4:-1] == [
-        "longer than a row of 10: 1",
-        "  cut into several: 1 text of 25 tokens",
-        "  left out: 0 sequences of 0 tokens",
-    ]
-    assert lines[-1] == "packing: 4 documents in 4 rows of 10, 1.0 in each, 82.5% full"
+    assert lines[-3:-1] == ["longer than a row of 10: 1", "  cut into several: 1 text of 25 tokens"]
+    assert lines[-1] == "packing: 4 sequences in 4 rows of 10, 1.0 in each, 82.5% full"
 
 
 @pytest.fixture
@@ -311,6 +353,18 @@ def test_a_recipe_with_a_base_takes_its_tokenizer_and_its_own_rendering(mixed, r
     assert [line.split()[1] for line in lines if line.startswith("describe")] == ["25"]
 
 
+def test_codes_of_another_image_tokenizer_are_refused_as_in_training(
+    mixed, recipe, small_model, image_tokenizer_folder
+):
+    (mixed / "manifest.json").write_text(json.dumps({"finished": True, "tokenizer": "0" * 64}))
+    for path in (
+        recipe([(mixed, 1)], model={"base": str(small_model)}),
+        recipe([(mixed, 1)], image_tokenizer=image_tokenizer_folder),
+    ):
+        with pytest.raises(DataError, match="encoded: was encoded with another image tokenizer than that of"):
+            list(describe_data(path))
+
+
 def test_a_recipe_without_packing_or_splitting_is_forecast_so(texts, recipe, small_model):
     path = recipe(
         [(texts([6] * 10 + [40]), 1)],
@@ -319,7 +373,7 @@ def test_a_recipe_without_packing_or_splitting_is_forecast_so(texts, recipe, sma
     )
     lines = list(describe_data(path))
     assert "  left out: 1 sequence of 40 tokens" in lines
-    assert lines[-1].startswith("packing: 10 documents in 10 rows of 32")
+    assert lines[-1] == "packing none: 10 rows of one sequence each"
 
 
 def test_wrong_usage_says_what_is_missing(mixed, recipe, small_model, tmp_path):

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from uni_x.data.render import IGNORED, Renderer, Vocabulary
 from uni_x.data.schema import Message, Sample
-from uni_x.data.templates import SHIPPED, load_template, render_template
+from uni_x.data.templates import SHIPPED, Template, load_template
 from uni_x.errors import ConfigError, DataError
 from uni_x.recipe import RenderOptions
 
@@ -60,8 +60,9 @@ def make(tokenizer, vocabulary):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_templates_render_conversations_as_their_models_have_them(tokenizer, name):
-    pieces = render_template(load_template(name), tokenizer, CONVERSATION, prompt=False)
-    assert "".join(p if isinstance(p, str) else CONVERSATION[p].content for p in pieces) == EXPECTED[name]
+    before, *behind = Template(load_template(name), tokenizer).frame([message.role for message in CONVERSATION])
+    said = (message.content + text for message, text in zip(CONVERSATION, behind, strict=True))
+    assert before + "".join(said) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -80,6 +81,30 @@ def test_prompts_are_prefixes_and_answers_are_trained(make, tokenizer, name):
     assert "Me." in words
     assert "Who" not in words
     assert rendered.labels[len(prompt)] != IGNORED
+
+
+THOUGHTFUL = """{%- set asked = namespace(last=0) -%}
+{%- for m in messages if m.role == 'user' -%}{%- set asked.last = loop.index -%}{%- endfor -%}
+{%- set asked.seen = 0 -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{%- set asked.seen = asked.seen + 1 -%}{%- endif -%}
+{{ '<' + m.role + '>' }}{% if m.role == 'assistant' and asked.seen == asked.last %}(nothing to think){% endif %}
+{{- m.content }}<|endoftext|>
+{%- endfor -%}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_a_template_that_adds_to_the_last_answer_alone_adds_to_each_and_to_prompts(make, tokenizer):
+    """Qwen3's own does so: an empty thought leads the last answer, and no prompt."""
+    renderer = make(template=THOUGHTFUL)
+    rendered = renderer.render(Sample("x", messages=CONVERSATION), np.random.default_rng(0))
+    assert tokenizer.decode(rendered.input_ids).count("nothing to think") == 2
+    for turns in (2, 4):
+        prompt = renderer.chat_prompt(CONVERSATION[:turns])
+        assert rendered.input_ids[: len(prompt)].tolist() == prompt
+        assert tokenizer.decode(prompt).endswith("(nothing to think)")
+        assert rendered.labels[len(prompt) - 1] == IGNORED
+        assert rendered.labels[len(prompt)] != IGNORED
 
 
 def test_special_tokens_are_those_of_the_template_alone(make, tokenizer):
@@ -126,7 +151,7 @@ def test_templates_come_from_files_and_tokenizers_too(make, tokenizer, tmp_path)
     file.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}", encoding="utf-8")
     text = load_template(str(file))
     assert load_template(text) == text
-    assert render_template(text, tokenizer, CONVERSATION[3:], prompt=True) == ["[", 0, "][", 1, "]"]
+    assert Template(text, tokenizer).frame(["user", "assistant"]) == ["[", "][", "]"]
     with pytest.raises(ConfigError, match="the text tokenizer has none of its own"):
         load_template("tokenizer", tokenizer)
     tokenizer.chat_template = text

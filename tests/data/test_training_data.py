@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import uni_x
 from uni_x.data import shards
 from uni_x.data.collate import Collator
-from uni_x.data.dataset import NOTES, Source, StreamPosition, TrainingStream, start_positions
+from uni_x.data.dataset import NOTES, Source, StreamPosition, TrainingStream, held_out_batches, start_positions
 from uni_x.data.schema import Message, Sample
 from uni_x.data.shards import ShuffledShards
 from uni_x.errors import DataError
@@ -188,6 +188,8 @@ def test_samples_that_a_template_refuses_are_left_out_and_counted(encoded_folder
     left_out = sum(batch[NOTES].left_out for batch in batches)
     assert left_out == pytest.approx(len(blocks) * stream._block_size / 40, rel=0.1)
     assert "left out: sample '3', messages: the template refuses them (no system)" in caplog.text
+    renderer = make_renderer(template=template)
+    assert len(held_out_batches([folder], renderer, Collator(10_000, 0), 64, 1, samples=40, packing=False)) == 39
     with pytest.raises(DataError, match="none of the first 512 samples can be rendered"):
         make_stream(
             [Source(encoded_folder([Sample("3", messages=odd)], "odd"))], renderer=make_renderer(template=template)

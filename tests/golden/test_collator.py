@@ -67,7 +67,7 @@ def test_ids_and_labels_are_the_published_ones(name: str) -> None:
     assert isinstance(layout, PublishedLayout)
     segments = lay_out(name, job, layout, image)
     sample = Sample("x", (image,), caption="x")
-    rendered = _assemble("any", segments, renderer._tokenize(segments), sample)
+    rendered = _assemble("any", segments, renderer._tokenize(segments), sample, layout.markers)
     assert rendered.input_ids.tolist() == ARRAYS[f"{name}.input_ids"].tolist()
     assert rendered.labels.tolist() == ARRAYS[f"{name}.labels"].tolist()
 

@@ -196,7 +196,14 @@ def test_plans_share_the_names_of_a_plain_llm(make_model: MakeModel) -> None:
         ({"input_ids": torch.tensor([[1, TEXT + CODES + 4]])}, "vocab_size is 188"),
         ({"input_ids": torch.tensor([[1, -1]])}, "ids from -1"),
         ({"input_ids": torch.tensor([1, 2])}, "not (batch, length)"),
-        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.zeros(1, 2)}, "hides every token"),
+        (
+            {"input_ids": torch.ones(3, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1], [0, 0], [0, 1]])},
+            "attention_mask hides every token of row 1",
+        ),
+        (
+            {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.zeros(1, 2), "use_cache": True},
+            "attention_mask hides every token of the batch",
+        ),
         ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 1)}, "attention_mask has the shape"),
         ({"input_ids": torch.tensor([[1, 2]]), "labels": torch.ones(1, 3)}, "labels has the shape"),
         ({"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, 500]])}, "labels holds ids"),

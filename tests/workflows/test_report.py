@@ -332,10 +332,10 @@ def test_any_plan_becomes_a_picture(plan):
 
 def test_a_plan_in_words():
     assert describe_plan(uni_x(4, 1, 1)) == (
-        "layer 1: apart for text and images, sees its own; layers 2 to 3: shared, see all; "
-        "layer 4: apart for text and images, sees its own"
+        "layer 0: apart for text and images, sees its own; layers 1 to 2: shared, see all; "
+        "layer 3: apart for text and images, sees its own"
     )
-    assert describe_plan(moe(4, 2)) == "layers 1 to 4, in turn: shared, sees all and ffn apart, sees all"
+    assert describe_plan(moe(4, 2)) == "layers 0 to 3, in turn: shared, sees all and ffn apart, sees all"
 
 
 def test_a_plan_shows_what_is_shared_and_what_is_seen():

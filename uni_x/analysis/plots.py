@@ -100,7 +100,8 @@ def plan_picture(plan: Plan) -> str:
 
     A part that both use is one bar, on which their ways meet; one that each has of its own is two bars, apart. Between
     the projections one ring around both ways says that a token sees everything, a ring on each that it sees its own
-    modality. Long plans show a layer, or a pattern of layers, once and say which layers it stands for.
+    modality. Long plans show a layer, or a pattern of layers, once and say which layers it stands for. Layers
+    count from 0, as in the names of parameters.
     """
     pen = _PlanPen()
     for block in fold(plan):
@@ -109,22 +110,22 @@ def plan_picture(plan: Plan) -> str:
             left = pen.x
             pen.layer(spec)
             if block.times == 1:
-                pen.caption(left, pen.x, f"layer {block.first + place + 1}", f"sees {_SEES[spec.sees]}", 196)
+                pen.caption(left, pen.x, f"layer {block.first + place}", f"sees {_SEES[spec.sees]}", 196)
             elif len(block.specs) == 1:
-                pen.caption(left, pen.x, f"layers {block.first + 1}–{block.last + 1}", f"see {_SEES[spec.sees]}", 196)
+                pen.caption(left, pen.x, f"layers {block.first}–{block.last}", f"see {_SEES[spec.sees]}", 196)
             else:
                 pen.caption(left, pen.x, "", f"sees {_SEES[spec.sees]}", 180)
         if block.times > 1 and len(block.specs) > 1:
-            pen.brace(start, pen.x, f"layers {block.first + 1}–{block.last + 1}: {block.times} times")
+            pen.brace(start, pen.x, f"layers {block.first}–{block.last}: {block.times} times")
     return pen.finish(describe_plan(plan))
 
 
 def describe_plan(plan: Plan) -> str:
-    """A plan in words: `layer 1: apart for text and images, sees its own; layers 2 to 3: shared, see all`."""
+    """A plan in words: `layer 0: apart for text and images, sees its own; layers 1 to 2: shared, see all`."""
     phrases = []
     for block in fold(plan, longest=0):
         single = block.first == block.last
-        layers = f"layer {block.first + 1}" if single else f"layers {block.first + 1} to {block.last + 1}"
+        layers = f"layer {block.first}" if single else f"layers {block.first} to {block.last}"
         verb = "sees" if single or len(block.specs) > 1 else "see"
         kinds = " and ".join(f"{_sharing(spec)}, {verb} {_SEES[spec.sees]}" for spec in block.specs)
         phrases.append(f"{layers}, in turn: {kinds}" if len(block.specs) > 1 else f"{layers}: {kinds}")

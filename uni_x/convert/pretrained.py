@@ -98,10 +98,12 @@ def extend(
     new_rows: NewRows = "mean",
     init_vision_with_text: bool = False,
     seed: int = 0,
+    separator: str | None = None,
 ) -> ModelFolder:
     """A Uni-X model whose text path is the pretrained LLM.
 
-    The tokenizer gains the image markers where it lacks them; image codes follow behind its last token.
+    The tokenizer gains the image markers and the separator where it lacks them; image codes follow behind its last
+    token.
 
     Args:
         base: the LLM.
@@ -112,18 +114,21 @@ def extend(
             the text rows are spread.
         init_vision_with_text: whether layers for images start as copies of those for text; random otherwise.
         seed: of random weights.
+        separator: a token that is to stand between image codes (`data.render.vis_sep` of recipes), and thus travels
+            with them.
 
     Raises:
         ConfigError: for a plan that does not fit, or image layers of another width that cannot be copies.
     """
-    settle_special_tokens(base.tokenizer)
-    config = _extended_config(base, image_tokenizer, plan)
+    known = len(base.tokenizer)
+    settle_special_tokens(base.tokenizer, *([] if separator is None else [separator]))
+    config = _extended_config(base, image_tokenizer, plan, separator)
     torch.manual_seed(seed)
     model = UniXForCausalLM._from_config(config, dtype=base.model.dtype)
     weights = dict(base.model.state_dict())
     codes = image_tokenizer.codebook.cpu() if new_rows == "codebook" else None
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = _extended_rows(weights[name], config, codes, seed)
+        weights[name] = _extended_rows(weights[name][:known], config, codes, seed)
     if init_vision_with_text:
         weights |= _copies_for_images(model.state_dict(), weights)
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -189,11 +194,16 @@ def _refuse_unknown(source: str, config: PreTrainedConfig) -> None:
             raise ConfigError(f"{source}: {name}: {getattr(config, name)} is not something that this backbone has")
 
 
-def _extended_config(base: Base, image_tokenizer: ImageTokenizer, plan: Mapping[str, Any]) -> UniXConfig:
+def _extended_config(
+    base: Base, image_tokenizer: ImageTokenizer, plan: Mapping[str, Any], separator: str | None
+) -> UniXConfig:
     plain, tokenizer = base.model.config, base.tokenizer
     offset = len(tokenizer)
     kept: dict[str, Any] = {name: getattr(plain, name, None) for name in KEPT}
     kept |= special_ids(tokenizer) | {"eos_token_id": plain.eos_token_id}
+    markers = {kept["vision_start_token_id"]}
+    if separator is not None:
+        markers.add(tokenizer.convert_tokens_to_ids(separator))
     return UniXConfig(
         **kept,
         **plan,
@@ -204,19 +214,19 @@ def _extended_config(base: Base, image_tokenizer: ImageTokenizer, plan: Mapping[
         image_token_offset=offset,
         image_codebook_size=image_tokenizer.codebook_size,
         image_grid=list(image_tokenizer.grid),
+        image_marker_ids=sorted(markers),
         dtype=base.model.dtype,
     )
 
 
-def _extended_rows(rows: torch.Tensor, config: UniXConfig, codebook: torch.Tensor | None, seed: int) -> torch.Tensor:
-    """Text rows as they are, then new ones; padding rows of the base, which stand for no token, make room."""
-    text = rows[: config.image_token_offset]
+def _extended_rows(text: torch.Tensor, config: UniXConfig, codebook: torch.Tensor | None, seed: int) -> torch.Tensor:
+    """The rows of the base's tokens as they are, then new ones for markers and codes."""
     mean = text.float().mean(dim=0)
     new = mean.expand(config.vocab_size - text.shape[0], -1)
     if codebook is not None:
         count = config.image_codebook_size
-        new = torch.cat((new[:-count], mean + text.float().std(dim=0) * _spread(codebook, rows.shape[1], seed)))
-    return torch.cat((text, new.to(rows.dtype)))
+        new = torch.cat((new[:-count], mean + text.float().std(dim=0) * _spread(codebook, text.shape[1], seed)))
+    return torch.cat((text, new.to(text.dtype)))
 
 
 def _spread(codebook: torch.Tensor, width: int, seed: int) -> torch.Tensor:

@@ -33,6 +33,9 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
         image_token_offset: id of image code 0, for dense checkpoints, whose configuration does not say it; all rows
             from there on count as codes then. Without it such a checkpoint is a model of text alone.
 
+    A separator between codes is named in the configuration's `rendering`; its id, which a text tokenizer tells, is not
+    among `image_marker_ids` yet.
+
     Raises:
         DataError: for a missing file, or weights that do not fit the configuration.
     """
@@ -42,6 +45,7 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
         _refuse_unbuilt(folder, settings)
         offset = settings.get("real_text_vocab_size", image_token_offset)
         config = _config(settings, weights, settings["vocab_size"] if offset is None else offset)
+        config.rendering = _rendering(folder, settings)
         model = UniXForCausalLM(config).eval()
         missing, unexpected = model.load_state_dict(_rename_all(weights, config), strict=False)
     except KeyError as error:
@@ -78,13 +82,22 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def _refuse_unbuilt(folder: Path, settings: Mapping[str, Any]) -> None:
     """Options of the published code that change what it computes, and that are not built here."""
-    for name, off in {
-        "skip_connection_loc": (None, -1),
-        "all_modal_visible": (None, 0),
-        "add_sep_for_vis": (None, 0),
-    }.items():
+    for name, off in {"skip_connection_loc": (None, -1), "all_modal_visible": (None, 0)}.items():
         if settings.get(name) not in off:
             raise DataError(f"{folder / 'config.json'}: {name}: {settings[name]} is not something that is built here")
+
+
+def _rendering(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How pictures are laid out, where it is not as by default."""
+    if settings.get("add_sep_for_vis") in (None, 0):
+        return None
+    token, every = settings["vis_sep_tokens"], str(settings["vis_sep_lens"])
+    if not every.isdecimal() or every == "0":
+        raise DataError(
+            f"{folder / 'config.json'}: vis_sep_lens: {every}: one number of codes is what is built here, with a token "
+            "behind each so many"
+        )
+    return {"vis_sep": {"every": int(every), "token": token}}
 
 
 def _config(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], offset: int) -> UniXConfig:

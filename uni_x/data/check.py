@@ -25,19 +25,26 @@ from uni_x.data.encode import read_record
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.rejects import REJECTS
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
-from uni_x.data.shards import MANIFEST, parquet_schema, read_manifest, shard_paths
+from uni_x.data.shards import MANIFEST, no_shards, parquet_schema, read_manifest, shard_paths
 from uni_x.errors import DataError
 
-KINDS = {
+ERRORS = {
     "unreadable": "shards that cannot be read",
-    "unfinished": "the folder is not finished",
+    "unfinished": "encoding has not finished",
+    "empty": "no samples in it",
     "manifest": f"{MANIFEST} and the shards do not agree",
+    "tokenizer": "encoded with another image tokenizer",
     "schema": "samples that cannot be trained on",
-    "grid": "images whose grid is not the tokenizer's",
-    "id": "ids that were there before",
-    "content": "samples with the content of an earlier one",
+    "codes": "images that do not fit the image tokenizer",
     "benchmark": "samples with a text of a benchmark",
 }
+"""What training refuses, or should not see."""
+REMARKS = {
+    "id": "samples with the id of an earlier one",
+    "content": "samples with the texts and codes of an earlier one",
+}
+"""What may be as it should be."""
+KINDS = ERRORS | REMARKS
 _ROWS_AT_ONCE = 256
 _ANY_CODEBOOK = 2**32
 _COLUMNS = ("id", "images", "caption", "messages", "text")
@@ -69,6 +76,23 @@ class Finding:
     count: int
     examples: tuple[Example, ...]
 
+    @property
+    def is_error(self) -> bool:
+        """Otherwise it is a remark."""
+        return self.kind in ERRORS
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What an image tokenizer makes of a picture: codes below `size`, `grid` of them in height and width.
+
+    `fingerprint` is that of `tokenizer_fingerprint`.
+    """
+
+    size: int
+    grid: tuple[int, int] | None = None
+    fingerprint: str | None = None
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -82,15 +106,14 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether no error was found; remarks there may be."""
+        return not any(finding.is_error for finding in self.findings)
 
 
 def check(
     folder: Path,
     *,
-    codebook_size: int | None = None,
-    grid: tuple[int, int] | None = None,
+    codes: Codes | None = None,
     benchmarks: Sequence[Path] = (),
     limit: int = 20,
 ) -> CheckReport:
@@ -98,26 +121,29 @@ def check(
 
     Args:
         folder: written by `uni-x encode`, or others with shards of the same columns.
-        codebook_size: codes are below it; None for the manifest's, or any where there is none.
-        grid: height and width of every image in codes; None for any.
+        codes: what the images are held against; None for the manifest's codebook, or any where there is none. Where
+            the manifest names another image tokenizer, that alone is told, and not what follows from it.
         benchmarks: files of prompts or questions that no sample may hold (see `BenchmarkTexts`).
         limit: examples of each kind.
 
     Raises `DataError` where there is no such folder, no shard in it, or a benchmark's file cannot be read.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: {'a file, not a folder of shards' if folder.is_file() else 'no such folder'}")
     paths = shard_paths(folder)
     if not paths:
-        raise DataError(f"{folder}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+        raise no_shards(folder)
     faults = _Faults(limit)
     manifest = _read_manifest(folder, faults)
-    samples = _Samples(faults, codebook_size or _stated_codebook(manifest), grid, BenchmarkTexts(benchmarks))
+    samples = _Samples(faults, _expected_codes(manifest, codes, faults), BenchmarkTexts(benchmarks))
     for path in paths:
         samples.go_through(path)
     samples.report_repeats()
-    if manifest is not None and manifest["finished"] and not faults.has("unreadable"):
-        _check_counts(folder, manifest, paths, faults)
+    if not faults.has("unreadable"):
+        if manifest is not None and manifest["finished"]:
+            _check_counts(folder, manifest, paths, faults)
+        if not samples.count:
+            faults.add("empty", Example(f"{REJECTS} says why" if _has_rejects(folder) else "nothing was encoded"))
     return CheckReport(folder, len(paths), samples.count, samples.images, faults.findings())
 
 
@@ -149,8 +175,7 @@ class _Samples:
     """The samples of all shards, gone through one after the other."""
 
     faults: _Faults
-    codebook_size: int
-    grid: tuple[int, int] | None
+    codes: Codes
     benchmarks: BenchmarkTexts
     count: int = 0
     images: int = 0
@@ -170,12 +195,12 @@ class _Samples:
 
     def report_repeats(self) -> None:
         """Reports what is there twice, once the last shard has been gone through."""
-        for kind, word, digests in (("id", "id", self._ids), ("content", "content", self._contents)):
+        for kind, words, digests in (("id", "id", self._ids), ("content", "texts and codes", self._contents)):
             repeats = digests.repeats()
             for position, first in repeats[: self.faults.limit].tolist():
                 before, first_row = self._place(first)
                 path, row = self._place(position)
-                message = f"it has the {word} of {before.name}, row {first_row}"
+                message = f"it has the {words} of {before.name}, row {first_row}"
                 self.faults.add(kind, Example(message, path.name, row, _read_id(path, row)))
             self.faults.add_unnamed(kind, max(0, len(repeats) - self.faults.limit))
 
@@ -188,16 +213,14 @@ class _Samples:
         def report(kind: str, message: str) -> None:
             self.faults.add(kind, Example(message, shard, number, row.id))
 
-        if fault := _fault(row, self.codebook_size):
+        if fault := _fault(row):
             report("schema", fault)
         for place, image in enumerate(row.images):
-            if self.grid is not None and image is not None and (image.height, image.width) != self.grid:
-                height, width = self.grid
-                found = f"{image.height} x {image.width} codes, the tokenizer makes {height} x {width}"
-                report("grid", f"images[{place}]: {found}")
+            if image is not None and (misfit := _misfit(image, self.codes)):
+                report("codes", f"images[{place}]: {misfit}")
         for name, text in row.texts():
             if text and (match := self.benchmarks.find(text)):
-                report("benchmark", f"{name}: it {'holds' if match.inside else 'is'} that of {match.where}")
+                report("benchmark", f"{name}: it {'holds' if match.inside else 'is'} the text of {match.where}")
                 break
         # what has no id repeats none
         self._ids.add(str(self.count).encode() if row.id is None else b"\0" + _utf8(row.id))
@@ -252,8 +275,19 @@ class _Row:
         return b"\0".join(parts)
 
 
-def _fault(row: _Row, codebook_size: int) -> str | None:
-    """What makes a row unfit for training, with the field; None where nothing does."""
+def _misfit(image: CodeGrid, codes: Codes) -> str | None:
+    """Why an image is none of an image tokenizer's; None where it may be."""
+    if codes.grid is not None and (image.height, image.width) != codes.grid:
+        height, width = codes.grid
+        return f"{image.height} x {image.width} codes, the tokenizer makes {height} x {width}"
+    highest = image.codes.max(initial=0)
+    if codes.size <= highest < _ANY_CODEBOOK:
+        return f"code {highest} is not in a codebook of {codes.size}"
+    return None
+
+
+def _fault(row: _Row) -> str | None:
+    """What makes a row unfit for training with any image tokenizer, with the field; None where nothing does."""
     if row.id is None:
         return "id: it is null"
     for number, message in enumerate(row.messages or ()):
@@ -263,8 +297,8 @@ def _fault(row: _Row, codebook_size: int) -> str | None:
     for number, image in enumerate(row.images):
         if image is None:
             return f"images[{number}]: it is null"
-        if len(image.codes) and not 0 <= image.codes.min() <= image.codes.max() < 2**32:
-            return f"images[{number}].codes: a code is null, below 0 or above {2**32 - 1}"
+        if len(image.codes) and not 0 <= image.codes.min() <= image.codes.max() < _ANY_CODEBOOK:
+            return f"images[{number}].codes: a code is null, below 0 or above {_ANY_CODEBOOK - 1}"
     sample = Sample(
         row.id,
         tuple(CodeGrid(image.codes.astype(np.uint32), image.height, image.width) for image in row.images if image),
@@ -273,7 +307,7 @@ def _fault(row: _Row, codebook_size: int) -> str | None:
         row.text,
     )
     try:
-        check_sample(sample, codebook_size)
+        check_sample(sample, _ANY_CODEBOOK)
     except DataError as error:
         return str(error).removeprefix(f"sample {row.id!r}").lstrip(",: ")
     return None
@@ -381,9 +415,21 @@ def _read_manifest(folder: Path, faults: _Faults) -> dict[str, Any] | None:
     return manifest
 
 
-def _stated_codebook(manifest: dict[str, Any] | None) -> int:
-    size = (manifest or {}).get("codebook_size")
-    return size if isinstance(size, int) else _ANY_CODEBOOK
+def _expected_codes(manifest: dict[str, Any] | None, wanted: Codes | None, faults: _Faults) -> Codes:
+    """What images are held against: what is wanted, or what the manifest tells where it tells of something else."""
+    size, fingerprint = ((manifest or {}).get(key) for key in ("codebook_size", "tokenizer"))
+    stated = Codes(size if isinstance(size, int) else _ANY_CODEBOOK)
+    if wanted is None:
+        return stated
+    if None in (wanted.fingerprint, fingerprint) or wanted.fingerprint == fingerprint:
+        return wanted
+    faults.add("tokenizer", Example("check against that one, or encode again with this one"))
+    return stated
+
+
+def _has_rejects(folder: Path) -> bool:
+    rejects = folder / REJECTS
+    return rejects.is_file() and rejects.stat().st_size > 0
 
 
 def _check_counts(folder: Path, manifest: dict[str, Any], paths: Sequence[Path], faults: _Faults) -> None:
@@ -397,18 +443,18 @@ def _check_counts(folder: Path, manifest: dict[str, Any], paths: Sequence[Path],
         rows = pq.read_metadata(path).num_rows
         record = read_record(path)
         if record is None:
-            faults.add("manifest", Example("it is none of `uni-x encode`, the folder is", path.name))
+            faults.add("manifest", Example("`uni-x encode` has not written it, as it has the folder", path.name))
             return
         if record.summary.written != rows:
-            message = f"its footer tells of {record.summary.written:,} samples, it holds {rows:,}"
+            message = f"{record.summary.written:,} samples were written, it holds {rows:,}"
             faults.add("manifest", Example(message, path.name))
         found["read"] += record.read
         found["written"] += rows
         found["rejected"] += len(record.rejects)
     for name, count in found.items():
         if counts.get(name) != count:
-            faults.add("manifest", Example(f"{MANIFEST} counts {counts.get(name)} {name}, the shards {count}"))
+            faults.add("manifest", Example(f"{counts.get(name)} rows were {name} by {MANIFEST}, {count} by the shards"))
     rejects = folder / REJECTS
     lines = rejects.read_bytes().count(b"\n") if rejects.is_file() else 0
     if lines != found["rejected"]:
-        faults.add("manifest", Example(f"{REJECTS} has {lines:,} lines, the shards tell of {found['rejected']:,}"))
+        faults.add("manifest", Example(f"{found['rejected']:,} rows were rejected, {REJECTS} has {lines:,}"))

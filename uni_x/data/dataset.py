@@ -190,7 +190,6 @@ class TrainingStream(IterableDataset[Batch]):
         self._bounds = np.concatenate(([0.0], np.cumsum(weights / weights.sum())))
         self._bounds[-1] = 1.0
         self._renderer = renderer
-        self._first_code = renderer.vocabulary.image_token_offset
         self._collate = collate
         self._max_length = max_length
         self._batch_size = batch_size
@@ -221,7 +220,7 @@ class TrainingStream(IterableDataset[Batch]):
             batches, left_out = self.batches_of(block)
             for number in range(used, len(batches)):
                 rows = batches[number]
-                image_tokens = sum(int((row.input_ids >= self._first_code).sum()) for row in rows)
+                image_tokens = sum(row.image_tokens for row in rows)
                 yield self._collate(rows) | {
                     NOTES: BatchNotes(
                         own,
@@ -251,22 +250,14 @@ class TrainingStream(IterableDataset[Batch]):
 
     def _render(self, samples: list[tuple[int, Sample]], rng: np.random.Generator) -> list[Rendered]:
         """Sequences of the samples; those that layout or template refuse are left out, and the log says why."""
-        try:
-            rendered: Sequence[Rendered | None] = self._renderer.render_all([sample for _, sample in samples], rng)
-        except DataError:
-            rendered = [self._try_to_render(sample, rng) for _, sample in samples]
-        return [
-            replace(sequence, folder=folder)
-            for (folder, _), sequence in zip(samples, rendered, strict=True)
-            if sequence is not None
-        ]
-
-    def _try_to_render(self, sample: Sample, rng: np.random.Generator) -> Rendered | None:
-        try:
-            return self._renderer.render(sample, rng)
-        except DataError as error:
-            logger.warning("left out: %s", error)
-            return None
+        sequences = []
+        rendered = self._renderer.try_all([sample for _, sample in samples], rng)
+        for (folder, _), sequence in zip(samples, rendered, strict=True):
+            if isinstance(sequence, DataError):
+                logger.warning("left out: %s", sequence)
+            else:
+                sequences.append(replace(sequence, folder=folder))
+        return sequences
 
     def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
@@ -312,14 +303,15 @@ def held_out_batches(
     *,
     packing: bool = True,
 ) -> list[Batch]:
-    """The same batches each time, of the first `samples` of each folder.
+    """The same batches each time, of the first `samples` of each folder; what layout or template refuse is left out.
 
     Raises `DataError` where no sample fits into a row, and as `TrainingStream` does.
     """
     rng = np.random.default_rng(0)
     codebook_size = renderer.vocabulary.image_codebook_size
     chosen = [sample for folder in folders for sample in islice(iterate_samples(folder, codebook_size), samples)]
-    rows, _ = pack(renderer.render_all(chosen, rng), max_length, join=packing)
+    sequences = [sequence for sequence in renderer.try_all(chosen, rng) if isinstance(sequence, Rendered)]
+    rows, _ = pack(sequences, max_length, join=packing)
     if not rows:
         raise DataError(f"{', '.join(map(str, folders))}: no held-out sample fits into {max_length} tokens")
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

@@ -15,14 +15,14 @@ but drawings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message
-from uni_x.data.templates import Piece
+from uni_x.data.templates import Template
 from uni_x.errors import DataError
 
 PUBLISHED_CAPTION = "The caption of this image is:"
@@ -73,6 +73,10 @@ class Markers(NamedTuple):
             return ids
         places = np.arange(self.separator_every, len(ids) + 1, self.separator_every)
         return np.insert(ids, places, self.separator)
+
+    def length(self, image: CodeGrid) -> int:
+        """How many ids the codes have with their separators."""
+        return len(image.codes) + (0 if self.separator is None else len(image.codes) // self.separator_every)
 
 
 @dataclass(frozen=True)
@@ -191,48 +195,40 @@ class TemplateLayout(HouseLayout):
 
     Args:
         markers, trains_instructions: see `HouseLayout`.
-        template: renders a conversation, with a flag whether the assistant's turn is to follow.
+        template: says what stands around the messages.
         eos_token: as the template spells it.
     """
 
-    def __init__(
-        self,
-        markers: Markers,
-        trains_instructions: bool,
-        template: Callable[[Sequence[Message], bool], list[Piece]],
-        eos_token: str,
-    ):
+    def __init__(self, markers: Markers, trains_instructions: bool, template: Template, eos_token: str):
         super().__init__(markers, trains_instructions)
         self._template = template
         self._eos_token = eos_token
 
     def _turns(self, said: Conversation) -> list[Segment]:
-        segments: list[Segment] = []
         first = list(said.first)
-        unended = False  # an answer was said, and nothing has ended it yet
-        lead = ""
-        for piece in self._template(said.messages, said.is_prompt):
-            if isinstance(piece, int):
-                message = said.messages[piece]
-                if message.role == "user":
-                    segments, first = segments + first, []
-                segments += self._message(piece, Message(message.role, lead + message.content), said.images)
-                unended, lead = message.role == "assistant", ""
-                continue
-            if unended:
-                answer_end, piece = self._cut_behind_eos(piece)
+        roles = [message.role for message in said.messages]
+        before, *behind_each = self._template.frame([*roles, "assistant"] if said.is_prompt else roles)
+        segments, lead = self._opening(before)
+        for number, (message, behind) in enumerate(zip(said.messages, behind_each, strict=False)):
+            if message.role == "user":
+                segments, first = segments + first, []
+            segments += self._message(number, Message(message.role, lead + message.content), said.images)
+            if message.role == "assistant":
+                answer_end, behind = self._cut_behind_eos(behind)
                 segments.append(answer_end)
-                unended = False
-            # a space in front of a word is part of the word's first token
-            lead = " " if piece.endswith(" ") else ""
-            segments.append(Segment(piece.removesuffix(" "), self.trains_instructions, special=True))
-        ends = [self.end] if unended else []
-        return [*first, *segments, *ends]  # images that no question leads come first of all
+            opening, lead = self._opening(behind)
+            segments += opening
+        return [*first, *segments]  # images that no question leads come first of all
 
-    def _cut_behind_eos(self, piece: str) -> tuple[Segment, str]:
+    def _opening(self, text: str) -> tuple[list[Segment], str]:
+        """What the template says before a message, and a space at its end, which belongs to the next word's token."""
+        said = text.removesuffix(" ")
+        return [Segment(said, self.trains_instructions, special=True)] if said else [], text[len(said) :]
+
+    def _cut_behind_eos(self, text: str) -> tuple[Segment, str]:
         """What ends an answer, the template's own end or eos itself, and what the template says behind it."""
-        head, found, rest = piece.partition(self._eos_token)
-        return (Segment(head + found, True, special=True), rest) if found else (self.end, piece)
+        head, found, rest = text.partition(self._eos_token)
+        return (Segment(head + found, True, special=True), rest) if found else (self.end, text)
 
 
 class PublishedLayout(HouseLayout):

@@ -22,7 +22,8 @@ class PackedRow:
     """Documents one after the other; each one's first label is -100, so that none predicts the next.
 
     `document_ids` count the documents from 1. All three are int64 of one length. `sample_ids` and `folders` say of each
-    document which sample it is, and which of the mixed folders that comes from.
+    document which sample it is, and which of the mixed folders that comes from. `image_tokens` is how many of the ids
+    are image codes or their separators.
     """
 
     input_ids: np.ndarray
@@ -30,6 +31,7 @@ class PackedRow:
     document_ids: np.ndarray
     sample_ids: tuple[str, ...] = ()
     folders: tuple[int, ...] = ()
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,4 +157,5 @@ def _join(documents: list[Rendered]) -> PackedRow:
         document_ids=np.repeat(np.arange(1, len(documents) + 1), lengths),
         sample_ids=tuple(document.sample_id for document in documents),
         folders=tuple(document.folder for document in documents),
+        image_tokens=sum(document.image_tokens for document in documents),
     )

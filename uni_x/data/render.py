@@ -8,14 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment, TemplateLayout
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Sample
-from uni_x.data.templates import load_template, render_template
+from uni_x.data.templates import Template, load_template
 from uni_x.errors import ConfigError, DataError, InputError
 from uni_x.recipe import RenderOptions
 
@@ -67,7 +66,7 @@ class Rendered:
     labels: np.ndarray  # (length,) int64
     kind: str  # draw, describe, converse or text
     source: str
-    image_tokens: int  # how many of the ids are image codes
+    image_tokens: int  # how many of the ids are image codes or their separators
     sample_id: str = ""
     folder: int = 0  # which of the folders that are mixed it comes from
 
@@ -125,7 +124,7 @@ class Renderer:
             return PublishedLayout(markers, trains_instructions, sft=self.stage == "sft")
         if options.template is None:
             return HouseLayout(markers, trains_instructions)
-        template = partial(render_template, load_template(options.template, self._tokenizer), self._tokenizer)
+        template = Template(load_template(options.template, self._tokenizer), self._tokenizer)
         eos_token = self._tokenizer.convert_ids_to_tokens(vocabulary.eos_token_id)
         return TemplateLayout(markers, trains_instructions, template, str(eos_token))
 
@@ -141,8 +140,22 @@ class Renderer:
         layouts = [self._lay_out(sample, rng) for sample in samples]
         texts = self._tokenize(segment for _, segments in layouts for segment in segments)
         return [
-            _assemble(kind, segments, texts, sample) for (kind, segments), sample in zip(layouts, samples, strict=True)
+            _assemble(kind, segments, texts, sample, self._layout.markers)
+            for (kind, segments), sample in zip(layouts, samples, strict=True)
         ]
+
+    def try_all(self, samples: Sequence[Sample], rng: np.random.Generator) -> list[Rendered | DataError]:
+        """Renders samples; in the place of one that layout or template refuse is the error."""
+        try:
+            return list(self.render_all(samples, rng))
+        except DataError:
+            return [self._try(sample, rng) for sample in samples]
+
+    def _try(self, sample: Sample, rng: np.random.Generator) -> Rendered | DataError:
+        try:
+            return self.render(sample, rng)
+        except DataError as error:
+            return error
 
     def draw_prompt(self, caption: str, instruction: str | None = None) -> list[int]:
         """Ids after which the model draws `caption`; the instruction is by default the first of the options'."""
@@ -250,7 +263,10 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> 
         return None
     known = tokenizer.get_vocab()
     if options.vis_sep.token not in known:
-        raise ConfigError(f"vis_sep.token: the text tokenizer has no token {options.vis_sep.token}")
+        raise ConfigError(
+            f"vis_sep.token: the text tokenizer has no token {options.vis_sep.token}; name one that it has, or add it "
+            "to a plain LLM with `uni-x init --separator`"
+        )
     return known[options.vis_sep.token], options.vis_sep.every
 
 
@@ -262,7 +278,7 @@ def _texts_of(segment: Segment) -> Iterator[tuple[str, bool]]:
 
 
 def _assemble(
-    kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample
+    kind: str, segments: list[Segment], texts: dict[tuple[str, bool], np.ndarray], sample: Sample, markers: Markers
 ) -> Rendered:
     parts = _parts(segments, texts)
     input_ids = np.concatenate(parts)
@@ -272,7 +288,7 @@ def _assemble(
             start = sum(map(len, parts[:number]))
             trained[start : start + len(texts[segment.after, segment.special]) + 1] = False
     labels = np.where(trained, input_ids, IGNORED)
-    image_tokens = sum(len(image.codes) for image in sample.images)
+    image_tokens = sum(map(markers.length, sample.images))
     return Rendered(input_ids, labels, kind, sample.source, image_tokens, sample.id)
 
 

@@ -51,6 +51,14 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
 
 
+def no_shards(folder: Path) -> DataError:
+    """The error for a folder without shards; it names the folders in it that have some."""
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and shard_paths(path))
+    if inside:
+        return DataError(f"{folder}: no Parquet shards in it, but in its folders; name each ({', '.join(inside)})")
+    return DataError(f"{folder}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+
+
 def iterate_samples(path: str | Path, codebook_size: int) -> Iterator[Sample]:
     """The samples of a folder of Parquet shards, or of one shard, of which one at a time is in memory.
 
@@ -260,7 +268,7 @@ def _finished_shards(path: Path) -> list[Path]:
     _check_finished(path / MANIFEST)
     paths = shard_paths(path) if path.is_dir() else [path]
     if not paths:
-        raise DataError(f"{path}: no Parquet shards in it; `uni-x encode` makes them from pictures")
+        raise no_shards(path)
     return paths
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ _ROWS_TOGETHER = 512  # planned at once, about as many as training packs togethe
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Sequences, and their tokens: image codes, and text with all markers."""
+    """Sequences, and their tokens: image codes with their separators, and all others, which are text."""
 
     sequences: int = 0
     text_tokens: int = 0
@@ -47,13 +47,35 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
-class FolderShare:
-    """A folder's part in the mixture: `weight` is its share of the sequences, `token_share` of the tokens."""
+class FolderStatistics:
+    """What a folder holds, and its part in the mixture.
+
+    Attributes:
+        path: as it was given.
+        counts: by what the samples themselves name as their source, and by the kind of sequence that they became.
+        refused: samples that layout or template refuse.
+        refusal: why the first of them was; None where there is none.
+        weight: its share of the sequences in training.
+        token_share: its share of the tokens in training.
+    """
 
     path: Path
-    counts: TokenCounts
+    counts: Mapping[tuple[str, str], TokenCounts]
+    refused: int
+    refusal: str | None
     weight: float
     token_share: float
+
+    @property
+    def total(self) -> TokenCounts:
+        """All together."""
+        return sum(self.counts.values(), start=TokenCounts())
+
+    @property
+    def by_origin(self) -> dict[str, TokenCounts]:
+        """By what the samples name as their source, most tokens first."""
+        sums = _sum_by(0, [self])
+        return dict(sorted(sums.items(), key=lambda item: (-item[1].tokens, item[0])))
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,6 @@ class DataStatistics:
     """What was counted. Everything but `folders` and `packing` is about the samples as they are there, unweighted.
 
     Attributes:
-        counts: by the samples' source and the kind of sequence they became.
         folders: in the order in which they were given.
         lengths: of the sequences, uncut.
         histogram: of the same lengths.
@@ -102,8 +123,7 @@ class DataStatistics:
     """
 
     max_length: int
-    counts: Mapping[tuple[str, str], TokenCounts]
-    folders: tuple[FolderShare, ...]
+    folders: tuple[FolderStatistics, ...]
     lengths: Lengths
     histogram: Histogram
     too_long: TooLong
@@ -112,23 +132,27 @@ class DataStatistics:
     @property
     def total(self) -> TokenCounts:
         """All together."""
-        return sum(self.counts.values(), start=TokenCounts())
-
-    @property
-    def by_source(self) -> dict[str, TokenCounts]:
-        """By the samples' source, most tokens first."""
-        sums: defaultdict[str, TokenCounts] = defaultdict(TokenCounts)
-        for (source, _), counts in self.counts.items():
-            sums[source] += counts
-        return dict(sorted(sums.items(), key=lambda item: (-item[1].tokens, item[0])))
+        return sum((folder.total for folder in self.folders), start=TokenCounts())
 
     @property
     def by_kind(self) -> dict[str, TokenCounts]:
         """By kind, in the order of `KINDS`."""
-        sums: defaultdict[str, TokenCounts] = defaultdict(TokenCounts)
-        for (_, kind), counts in self.counts.items():
-            sums[kind] += counts
+        sums = _sum_by(1, self.folders)
         return {kind: sums[kind] for kind in KINDS if kind in sums}
+
+    @property
+    def refused(self) -> int:
+        """Samples that layout or template refuse."""
+        return sum(folder.refused for folder in self.folders)
+
+
+def _sum_by(place: int, folders: Iterable[FolderStatistics]) -> dict[str, TokenCounts]:
+    """Counts by origin (place 0 of their keys) or by kind (place 1)."""
+    sums: defaultdict[str, TokenCounts] = defaultdict(TokenCounts)
+    for folder in folders:
+        for key, counts in folder.counts.items():
+            sums[key[place]] += counts
+    return sums
 
 
 def statistics(
@@ -144,6 +168,8 @@ def statistics(
 ) -> DataStatistics:
     """Renders every sample of the folders once and counts; 6 bytes a sample stay in memory.
 
+    Samples that layout or template refuse are counted apart; training leaves them out as well.
+
     Args:
         folders: folders of shards with their weights, which are shares of the sequences in training.
         renderer: renders the samples.
@@ -154,8 +180,8 @@ def statistics(
         join: whether rows hold several sequences.
         split: whether texts that are longer than a row are cut into several; otherwise they are left out.
 
-    Raises `DataError` for folders that cannot be read, are not finished or hold no samples, for weights of which none
-    is above 0, and for samples that cannot be rendered.
+    Raises `DataError` for folders that cannot be read, are not finished, or hold no samples or none that can be
+    rendered, and for weights of which none is above 0.
     """
     weights = np.array([weight for _, weight in folders], dtype=np.float64)
     if not len(weights) or (weights < 0).any() or not weights.any():
@@ -171,8 +197,7 @@ def statistics(
     is_text = np.concatenate([folder.is_text for folder in counted])
     return DataStatistics(
         max_length,
-        _merge([folder.counts for folder in counted]),
-        _folder_shares(folders, counted, shares),
+        _describe_folders(folders, counted, shares),
         _describe(lengths),
         _histogram(lengths, kinds, max_length),
         _too_long(lengths, is_text & split, max_length),
@@ -187,23 +212,36 @@ class _Folder:
     lengths: np.ndarray  # (sequences,) uint32
     kinds: np.ndarray  # (sequences,) uint8, places in KINDS
     is_text: np.ndarray  # (sequences,) bool
-    counts: dict[tuple[str, str], TokenCounts] = field(default_factory=dict)
+    counts: dict[tuple[str, str], TokenCounts]
+    refused: int
+    refusal: str | None
+
+    @property
+    def mean_length(self) -> float:
+        return float(self.lengths.mean())
 
 
 def _count(
     path: Path, renderer: Renderer, rng: np.random.Generator, seed: tuple[int, int], fraction: float, limit: int | None
 ) -> _Folder:
     lengths, kinds, is_text = array("I"), array("B"), array("B")
+    refused, refusal = 0, None
     sums: defaultdict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3, dtype=np.int64))
     for samples in _batches(path, renderer.vocabulary.image_codebook_size, seed, fraction, limit):
-        for sequence in renderer.render_all(samples, rng):
+        for sequence in renderer.try_all(samples, rng):
+            if isinstance(sequence, DataError):
+                refused, refusal = refused + 1, refusal or str(sequence)
+                continue
             length = len(sequence.input_ids)
             lengths.append(length)
             kinds.append(KINDS.index(sequence.kind))
             is_text.append(sequence.can_be_cut)
             sums[sequence.source, sequence.kind] += (1, length - sequence.image_tokens, sequence.image_tokens)
-    counts = {key: TokenCounts(*values.tolist()) for key, values in sums.items()}
-    return _Folder(np.asarray(lengths), np.asarray(kinds), np.asarray(is_text).astype(bool), counts)
+    if not lengths:
+        raise DataError(f"{path}: none of its {refused:,} samples can be rendered; the first: {refusal}")
+    counts = {key: TokenCounts(*values.tolist()) for key, values in sorted(sums.items())}
+    flags = np.asarray(is_text).astype(bool)
+    return _Folder(np.asarray(lengths), np.asarray(kinds), flags, counts, refused, refusal)
 
 
 def _batches(
@@ -215,24 +253,14 @@ def _batches(
         yield [shards.sample(position) for position in range(start, min(start + _RENDERED_AT_ONCE, count))]
 
 
-def _merge(counts: Sequence[Mapping[tuple[str, str], TokenCounts]]) -> dict[tuple[str, str], TokenCounts]:
-    sums: defaultdict[tuple[str, str], TokenCounts] = defaultdict(TokenCounts)
-    for folder in counts:
-        for key, value in folder.items():
-            sums[key] += value
-    return dict(sorted(sums.items()))
-
-
-def _folder_shares(
+def _describe_folders(
     folders: Sequence[tuple[Path, float]], counted: Sequence[_Folder], shares: np.ndarray
-) -> tuple[FolderShare, ...]:
-    totals = [sum(folder.counts.values(), start=TokenCounts()) for folder in counted]
-    tokens = shares * [total.tokens / total.sequences for total in totals]
+) -> tuple[FolderStatistics, ...]:
+    tokens = shares * [folder.mean_length for folder in counted]
+    parts = zip(folders, counted, shares.tolist(), (tokens / tokens.sum()).tolist(), strict=True)
     return tuple(
-        FolderShare(path, total, share, part)
-        for (path, _), total, share, part in zip(
-            folders, totals, shares.tolist(), (tokens / tokens.sum()).tolist(), strict=True
-        )
+        FolderStatistics(path, folder.counts, folder.refused, folder.refusal, share, token_share)
+        for (path, _), folder, share, token_share in parts
     )
 
 

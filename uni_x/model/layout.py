@@ -177,8 +177,8 @@ def build_layout(
         cache_lengths: what the cache holds already, where one is in use.
 
     Raises:
-        InputError: for shapes that do not fit, ids outside the vocabulary, a mask that hides everything, document ids
-            that decrease, or documents together with a cache.
+        InputError: for shapes that do not fit, ids outside the vocabulary, a mask that hides everything, or without a
+            cache a whole row, document ids that decrease, or documents together with a cache.
     """
     device = input_ids.device
     if input_ids.ndim != 2:
@@ -193,6 +193,8 @@ def build_layout(
         if layout is not None:
             return layout
     valid = _valid_tokens(attention_mask, batch, length)
+    if valid is not None and cache_lengths is None and not valid.any(axis=1).all():
+        raise InputError(f"attention_mask hides every token of row {int(valid.any(axis=1).argmin())}")
     if cache_lengths is not None and document_ids is not None:
         raise InputError("document_ids cannot be used together with a cache")
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uni_x.convert.pretrained import NewRows, extend, load_base, to_base
 from uni_x.convert.reference import load_reference
+from uni_x.data.render import separator_of
 from uni_x.data.text_tokenizer import VISION_START, settle_special_tokens, special_ids
 from uni_x.errors import ConfigError, DataError, RecipeError, UsageError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
@@ -21,6 +22,7 @@ from uni_x.model_folder import (
     save_model_folder,
     saving_whole,
 )
+from uni_x.recipe import RenderOptions
 
 REFERENCE, BASE = "reference", "base"
 
@@ -36,6 +38,7 @@ def init(
     init_vision_with_text: bool = False,
     dtype: str | None = None,
     seed: int = 0,
+    separator: str | None = None,
 ) -> int:
     """Makes a Uni-X model out of a pretrained LLM, as a complete model folder.
 
@@ -44,7 +47,7 @@ def init(
         image_tokenizer: a folder, or `scenes`.
         plan: a preset as `uni-x(12, 6)`, or a YAML file with a plan by layer or by range.
         out: the model folder to write.
-        new_rows, init_vision_with_text, seed: see `uni_x.convert.pretrained.extend`.
+        new_rows, init_vision_with_text, seed, separator: see `uni_x.convert.pretrained.extend`.
         dtype: float32, bfloat16 or float16; None for that of the base.
 
     Returns:
@@ -57,7 +60,7 @@ def init(
     _refuse_to_overwrite(out)
     tokenizer = load_image_tokenizer(image_tokenizer)
     source = load_base(base, None if dtype is None else getattr(torch, dtype))
-    folder = extend(source, tokenizer, chosen, new_rows, init_vision_with_text, seed)
+    folder = extend(source, tokenizer, chosen, new_rows, init_vision_with_text, seed, separator)
     save_model_folder(folder, out)
     return folder.model.num_parameters()
 
@@ -107,6 +110,8 @@ def convert(
     if _has_text_tokenizer(text_tokenizer or source):
         words = AutoTokenizer.from_pretrained(text_tokenizer or source, local_files_only=True)
         _take_text_tokenizer(model.config, words)
+    elif model.config.rendering is not None:
+        raise UsageError(f"--text-tokenizer is missing: {source} has separators between codes, whose id it tells")
     else:
         lacking.append("a text tokenizer (--text-tokenizer)")
     with saving_whole(destination) as partial:
@@ -139,7 +144,8 @@ def _take_text_tokenizer(config: UniXConfig, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError(f"the text tokenizer's {VISION_START} is {marker}, the checkpoint's {start}")
     for name, value in ids.items():
         setattr(config, name, value)
-    config.image_marker_ids = sorted({marker, *config.image_marker_ids})
+    separator = separator_of(tokenizer, RenderOptions(**config.rendering or {}))
+    config.image_marker_ids = sorted({marker, *([] if separator is None else separator[:1]), *config.image_marker_ids})
 
 
 def _read_plan(plan: str) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from uni_x.recipe import (
     QuickstartRecipe,
     ScenesEvaluationSection,
     TrainRecipe,
-    apply_override,
     check_recipe,
 )
 from uni_x.runs import RunFolder, write_atomically, writing_into
@@ -67,9 +66,7 @@ def load_quickstart_recipe(smoke: bool = False, overrides: Sequence[str] = ()) -
     tree = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     if smoke:
         _merge(tree, yaml.safe_load((RECIPES / "quickstart-smoke.yaml").read_text()))
-    for override in overrides:
-        apply_override(tree, override)
-    return check_recipe(tree, QuickstartRecipe, "the quickstart's recipe")
+    return check_recipe(tree, QuickstartRecipe, "the quickstart's recipe", overrides)
 
 
 def quickstart(recipe: QuickstartRecipe, out: str | Path, progress: Progress | None = None) -> tuple[RunFolder, bool]:

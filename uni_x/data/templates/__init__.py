@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from uni_x.data.schema import Message
 from uni_x.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ SHIPPED = ("chatml", "gemma", "plain", "vicuna")
 OWN = "tokenizer"
 _STAND_IN = "\ue000{}\ue001"
 _STAND_INS = re.compile("\ue000(\\d+)\ue001")
-
-Piece: TypeAlias = "str | int"
-"""What the template says, or the number of the message whose content stands here."""
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -54,26 +50,43 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -
         ) from None
 
 
-def render_template(
-    template: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool
-) -> list[Piece]:
-    """A conversation as the template has it; `prompt` ends it where the assistant's next turn begins.
+class Template:
+    """A template with the text tokenizer whose special tokens it names."""
 
-    Raises:
-        DataError: where the template refuses the conversation, or loses, repeats or reorders its messages.
-    """
-    from jinja2 import TemplateError
+    def __init__(self, jinja: str, tokenizer: PreTrainedTokenizerBase):
+        self._jinja = jinja
+        self._tokenizer = tokenizer
+        self._rendered: dict[tuple[str, ...], list[str]] = {}
 
-    stand_ins = [{"role": m.role, "content": _STAND_IN.format(number)} for number, m in enumerate(messages)]
-    try:
-        text = tokenizer.apply_chat_template(
-            stand_ins, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"messages: the template refuses them ({' '.join(str(error).split())})") from None
-    parts = _STAND_INS.split(str(text))  # pieces and numbers in turn
-    numbers = [int(number) for number in parts[1::2]]
-    if numbers != list(range(len(messages))):
-        raise DataError("messages: the template loses, repeats or reorders them")
-    pieces: list[Piece] = [int(part) if index % 2 else part for index, part in enumerate(parts)]
-    return [piece for piece in pieces if piece != ""]
+    def frame(self, roles: Sequence[str]) -> list[str]:
+        """What the template says around messages of these roles: before the first, between each two, behind the last.
+
+        All up to an answer is what the template says where that answer is the last message. Some templates lay out
+        earlier answers otherwise, but so the frame of a conversation begins with those of all prompts on the way.
+
+        Raises:
+            DataError: where the template refuses the conversation, or loses, repeats or reorders its messages.
+        """
+        said: list[str] = []
+        for end, role in enumerate(roles, 1):
+            if role == "assistant":
+                said += self._render(tuple(roles[:end]))[len(said) : end]
+        return said + self._render(tuple(roles))[len(said) :]
+
+    def _render(self, roles: tuple[str, ...]) -> list[str]:
+        if roles not in self._rendered:
+            self._rendered[roles] = self._render_anew(roles)
+        return self._rendered[roles]
+
+    def _render_anew(self, roles: tuple[str, ...]) -> list[str]:
+        from jinja2 import TemplateError
+
+        stand_ins = [{"role": role, "content": _STAND_IN.format(number)} for number, role in enumerate(roles)]
+        try:
+            text = self._tokenizer.apply_chat_template(stand_ins, chat_template=self._jinja, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"messages: the template refuses them ({' '.join(str(error).split())})") from None
+        parts = _STAND_INS.split(str(text))  # what the template says and numbers, in turn
+        if [int(number) for number in parts[1::2]] != list(range(len(roles))):
+            raise DataError("messages: the template loses, repeats or reorders them")
+        return parts[::2]
