@@ -207,7 +207,7 @@ def data_translate(
     tokenizer: Annotated[Path | None, typer.Option(help="With --dry-run: folder of a tokenizer to count with.")] = None,
 ) -> None:
     """Translates text columns of a file through an OpenAI-compatible endpoint, and goes on where it stopped."""
-    from uni_x.data.translate import TranslateOptions
+    from uni_x.data.translation.translate import TranslateOptions
     from uni_x.workflows.translation import plan_translation, translate_file
 
     options = TranslateOptions(

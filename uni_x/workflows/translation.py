@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from uni_x.data.translate import TranslateOptions, plan, translate
+from uni_x.data.translation.translate import TranslateOptions, plan, translate
 
 
 def plan_translation(source: Path, options: TranslateOptions, tokenizer: Path | None = None) -> list[str]:

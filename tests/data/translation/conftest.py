@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from uni_x.data.translate import TranslateOptions
+from uni_x.data.translation.translate import TranslateOptions
 
 
 def read_jsonl(path):

@@ -5,11 +5,10 @@ from collections import Counter
 import pytest
 
 from tests.data.translation.conftest import answer, into_chinese, once, read_jsonl, read_texts
-from uni_x.data.translate import (
+from uni_x.data.translation.placeholders import is_translatable, kept_parts
+from uni_x.data.translation.translate import (
     TranslatePlan,
     TranslateSummary,
-    is_translatable,
-    kept_parts,
     plan,
     translate,
 )

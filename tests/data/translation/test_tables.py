@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.translation.conftest import answer, into_chinese, read_jsonl
-from uni_x.data import text_tables
-from uni_x.data.text_tables import texts_of, with_texts
-from uni_x.data.translate import (
+from uni_x.data.translation import tables
+from uni_x.data.translation.translate import (
     plan,
     translate,
 )
+from uni_x.data.translation.values import texts_of, with_texts
 from uni_x.errors import DataError, UsageError
 
 
@@ -159,7 +159,7 @@ def test_names_what_cannot_be_read_before_sending(server, options, tmp_path, nam
 
 @pytest.mark.parametrize("kind", ["jsonl", "tsv", "txt", "parquet"])
 def test_refuses_a_row_that_is_too_large(options, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(text_tables, "MAX_ROW_BYTES", 2**20)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 2**20)
     source, large = tmp_path / f"in.{kind}", "x" * (2**20 + 1)
     if kind == "parquet":
         pq.write_table(pa.table({"text": ["a"] * 40, "image": ["b"] * 39 + [large]}), source)
@@ -168,7 +168,7 @@ def test_refuses_a_row_that_is_too_large(options, tmp_path, monkeypatch, kind):
         source.write_text(rows[kind] % large)
     with pytest.raises(DataError, match=r"larger than 1 MB"):
         plan(source, options(columns=() if kind == "txt" else ("text",)))
-    monkeypatch.setattr(text_tables, "MAX_ROW_BYTES", 2**22)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 2**22)
     assert plan(source, options(columns=() if kind == "txt" else ("text",))).rows >= 1
 
 

@@ -1,8 +1,7 @@
 """Tables of which some columns can be rewritten: JSONL, Parquet, tab-separated files and lists of prompts.
 
 A table gives its rows in order, with the columns that were asked for, and writes a copy of itself in which nothing but
-rewritten values differs. Lines without any are copied as they stand, and so are the other fields of JSON rows. Which
-texts a value holds, and how they are replaced, is said here too; what becomes of them is not this module's business.
+rewritten values differs. Lines without any are copied as they stand, and so are the other fields of JSON rows.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from uni_x.data.translation.values import kind_of
 from uni_x.errors import DataError, UsageError
 from uni_x.runs import writing_whole
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 MAX_ROW_BYTES = 64 * 2**20
 PROMPT = "prompt"  # the one column of a list of prompts
 
-_TURNS = (("role", "content"), ("from", "value"), ("user", "assistant"))
-_TEXTS_OF_TURNS = (("content",), ("value",), ("system", "user", "assistant"))
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -75,69 +73,6 @@ def open_table(path: Path, columns: tuple[str, ...]) -> Table:
     return _KINDS[kind](path, columns)
 
 
-def texts_of(value: Any) -> list[str]:
-    """The texts in a value: a string, a list of strings, or a list of turns of a conversation.
-
-    A turn is {role, content}, {from, value} or {user, assistant}, perhaps with more keys, which are left alone. Numbers
-    and nulls hold no text. Raises `DataError`, which says what was found, for anything else.
-    """
-    texts: list[str] = []
-
-    def take(text: str) -> str:
-        texts.append(text)
-        return text
-
-    _visit(value, take)
-    return texts
-
-
-def with_texts(value: Any, texts: Iterator[str]) -> Any:
-    """The value with its texts replaced; takes as many from `texts`, in the same order, as `texts_of` gives."""
-    return _visit(value, lambda text: next(texts))
-
-
-def _visit(value: Any, replace: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return replace(value)
-    if value is None or isinstance(value, int | float):
-        return value
-    if isinstance(value, list):
-        return [_visit_turn(item, replace) if isinstance(item, dict) else _visit_item(item, replace) for item in value]
-    raise DataError(
-        f"{_kind(value)} cannot be translated; a column holds a text, a list of texts or a list of "
-        "{role, content}, {from, value} or {user, assistant}"
-    )
-
-
-def _visit_item(item: Any, replace: Callable[[str], str]) -> Any:
-    if isinstance(item, list):
-        raise DataError("a list within a list cannot be translated")
-    return _visit(item, replace)
-
-
-def _visit_turn(turn: dict[str, Any], replace: Callable[[str], str]) -> dict[str, Any]:
-    for needed, names in zip(_TURNS, _TEXTS_OF_TURNS, strict=True):
-        if all(name in turn for name in needed):
-            return {name: _turn_text(name, value, replace) if name in names else value for name, value in turn.items()}
-    raise DataError(
-        f"a mapping of {', '.join(map(repr, turn)) or 'nothing'} cannot be translated; a turn is {{role, content}}, "
-        "{from, value} or {user, assistant}"
-    )
-
-
-def _turn_text(name: str, value: Any, replace: Callable[[str], str]) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise DataError(f"{name!r} of a turn holds {_kind(value)}, not text")
-    return replace(value)
-
-
-def _kind(value: Any) -> str:
-    known = {dict: "a mapping", list: "a list", bytes: "bytes", bool: "a truth value", int: "a number"}
-    return known.get(type(value), f"a value of type {type(value).__name__}")
-
-
 @dataclass(frozen=True)
 class JsonLines:
     """One JSON object a line; rows are counted as lines are, and an empty line is a row without columns."""
@@ -169,7 +104,7 @@ class JsonLines:
             reason = getattr(error, "msg", None) or "it is nested too deeply, or holds a number too long"
             raise DataError(f"{self.path}, row {number}: not valid JSON ({reason})") from None
         if not isinstance(found, dict):
-            raise DataError(f"{self.path}, row {number}: a JSON object is needed, not {_kind(found)}")
+            raise DataError(f"{self.path}, row {number}: a JSON object is needed, not {kind_of(found)}")
         return found
 
 

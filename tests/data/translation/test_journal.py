@@ -7,11 +7,11 @@ import threading
 import pytest
 
 from tests.data.translation.conftest import into_chinese, read_jsonl, read_texts
-from uni_x.data.translate import (
+from uni_x.data.translation.journal import open_journal
+from uni_x.data.translation.translate import (
     TranslateSummary,
     translate,
 )
-from uni_x.data.translation_journal import open_journal
 from uni_x.errors import RunError, UsageError
 
 
@@ -76,7 +76,7 @@ def test_a_killed_process_loses_only_the_rows_in_flight(server, options, texts_f
 
     server.reply = reply
     code = (
-        "import sys; from pathlib import Path; from uni_x.data.translate import *\n"
+        "import sys; from pathlib import Path; from uni_x.data.translation.translate import *\n"
         "options = TranslateOptions('m', 'Chinese', ('text',), base_url=sys.argv[3], concurrency=3)\n"
         "translate(Path(sys.argv[1]), Path(sys.argv[2]), options)"
     )

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from tests.data.translation.conftest import answer, into_chinese, once, read_texts
-from uni_x.data.chat_endpoint import Pace, find_address, retry_after
-from uni_x.data.translate import translate
+from uni_x.data.translation.endpoint import Pace, find_address, retry_after
+from uni_x.data.translation.translate import translate
 from uni_x.errors import MissingExtraError, RunError, UsageError
 
 KEY = "sk-very-secret-7351"
