@@ -134,12 +134,15 @@ def test_finished_work_is_left_alone(server, options, texts_file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "n"}, r"another model \('m', now 'n'\)"),
-        ({"to": "German"}, r"another to \('Chinese', now 'German'\)"),
-        ({"source_language": "English"}, "another source language"),
-        ({"columns": ("text", "b")}, "another columns"),
-        ({"max_characters": 5}, "another max characters"),
-        ({}, "another source;"),
+        ({"model": "n"}, "begun with --model m, and is now run with --model n;"),
+        ({"to": "Old French"}, "begun with --to Chinese, and is now run with --to 'Old French';"),
+        ({"source_language": "English"}, "begun without --from, and is now run with --from English;"),
+        ({"columns": ("text", "b")}, "begun with --column text, and is now run with --column text --column b;"),
+        (
+            {"model": "n", "to": "German"},
+            "begun with --model m and with --to Chinese, and is now run with --model n and with --to German;",
+        ),
+        ({}, "begun with another source, or the source has changed;"),
     ],
 )
 def test_another_source_or_setting_is_refused(server, options, tmp_path, changes, message):
@@ -152,6 +155,7 @@ def test_another_source_or_setting_is_refused(server, options, tmp_path, changes
     with pytest.raises(RunError, match=message) as caught:
         translate(source, out, options(**changes))
     assert "\n" not in str(caught.value)
+    assert "another --out" in str(caught.value)
     assert (tmp_path / "out.jsonl.journal.jsonl").read_bytes() == kept
     assert len(server.requests) == 1
 
@@ -171,7 +175,7 @@ def test_files_of_others_are_not_touched(options, texts_file, tmp_path):
     assert out.read_text() == "precious"
     for content in ("a list\n", "{}", '{"row": 1}\n{"row": 2}\n'):
         (tmp_path / "out.jsonl.journal.jsonl").write_text(content)
-        with pytest.raises(RunError, match=r"not a journal|another format"):
+        with pytest.raises(RunError, match=r"not a journal|another version of uni-x"):
             translate(source, out, options())
         assert (tmp_path / "out.jsonl.journal.jsonl").read_text() == content
 
@@ -197,8 +201,8 @@ def test_two_runs_at_once_are_refused(options, texts_file, tmp_path):
 def test_failures_of_an_earlier_journal_go_with_it(options, texts_file, tmp_path):
     source, out = texts_file("One hundred"), tmp_path / "out.jsonl"
     translate(source, out, options(max_characters=5))
-    assert (tmp_path / "out.jsonl.failed.jsonl").exists()
+    assert (tmp_path / "out.jsonl.untranslated.jsonl").exists()
     (tmp_path / "out.jsonl.journal.jsonl").unlink()
     out.unlink()
     translate(source, out, options())
-    assert not (tmp_path / "out.jsonl.failed.jsonl").exists()
+    assert not (tmp_path / "out.jsonl.untranslated.jsonl").exists()

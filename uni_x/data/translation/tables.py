@@ -6,51 +6,26 @@ rewritten values differs. Lines without any are copied as they stand, and so are
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any
 
+from uni_x.data.translation import rows
+from uni_x.data.translation.parquet_table import ParquetTable
+from uni_x.data.translation.rows import Changes, Row, Table, check_columns, make_row, too_large
 from uni_x.data.translation.values import kind_of
 from uni_x.errors import DataError, UsageError
 from uni_x.runs import writing_whole
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-MAX_ROW_BYTES = 64 * 2**20
 PROMPT = "prompt"  # the one column of a list of prompts
 
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row, counted from 1, with those of the asked columns that it has."""
-
-    number: int
-    values: Mapping[str, Any]
-
-
-Changes: TypeAlias = Callable[[Row], Mapping[str, Any]]
-"""Gives the new values of a row by column; empty where the row stays as it is."""
-
-
-class Table(Protocol):
-    """A file of rows. Both methods raise `DataError`, which names file and row, for what cannot be read."""
-
-    def rows(self) -> Iterator[Row]:
-        """The rows in their order; each call starts again at the first."""
-        ...
-
-    def copy(self, out: Path, changes: Changes) -> None:
-        """Writes the table with changes to `out`, in one step once it is whole."""
-        ...
 
 
 def open_table(path: Path, columns: tuple[str, ...]) -> Table:
@@ -88,87 +63,66 @@ class JsonLines:
         """See `Table`."""
         with writing_whole(out) as stream:
             for row, line in self._rows():
-                if values := changes(row):
-                    line = _splice(line, values)
-                stream.write(line.encode("utf-8"))
+                values = changes(row)
+                stream.write(_splice(line.decode("utf-8"), values).encode("utf-8") if values else line)
 
-    def _rows(self) -> Iterator[tuple[Row, str]]:
+    def _rows(self) -> Iterator[tuple[Row, bytes]]:
         for number, line in enumerate(_read_lines(self.path), start=1):
-            found = self._parse(number, line) if line.strip() else {}
-            yield Row(number, {name: found[name] for name in self.columns if name in found}), line
-
-    def _parse(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or "it is nested too deeply, or holds a number too long"
-            raise DataError(f"{self.path}, row {number}: not valid JSON ({reason})") from None
-        if not isinstance(found, dict):
-            raise DataError(f"{self.path}, row {number}: a JSON object is needed, not {kind_of(found)}")
-        return found
+            try:
+                found = _parse_object(line)
+            except DataError as error:
+                yield Row(number, {}, str(error)), line
+            else:
+                yield make_row(number, {name: found[name] for name in self.columns if name in found}), line
 
 
 @dataclass(frozen=True)
 class TabSeparated:
-    """Fields between tabs under a header; where a field is in quotes, they are doubled inside it."""
+    """Fields between tabs under a header; where a field is in quotes, they are doubled inside it.
+
+    An empty line is a row without columns. Where a record cannot be read, its first line is the broken row.
+    """
 
     path: Path
     columns: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _, header = next(self._records(), ("", []))
-        _check_columns(self.path, self.columns, header)
+        header = next(self._records(), _Record(b""))
+        if header.fault:
+            raise DataError(f"{self.path}: the header cannot be read: {header.fault}")
+        check_columns(self.path, self.columns, header.fields)
 
     def rows(self) -> Iterator[Row]:
         """See `Table`."""
-        return (row for row, _, _ in self._rows())
+        records = self._records()
+        header = next(records)
+        return (self._row(number, header, record) for number, record in enumerate(records, start=1))
 
     def copy(self, out: Path, changes: Changes) -> None:
         """See `Table`."""
         with writing_whole(out) as stream:
-            raw, header = next(self._records())
-            stream.write(raw.encode("utf-8"))
-            for row, raw, fields in self._rows():
-                if values := changes(row):
-                    end = raw[len(raw.rstrip("\r\n")) :]
-                    new = [values.get(name, field) for name, field in zip(header, fields, strict=True)]
-                    raw = "\t".join(map(_quote, new)) + end
-                stream.write(raw.encode("utf-8"))
+            records = self._records()
+            header = next(records)
+            stream.write(header.raw)
+            for number, record in enumerate(records, start=1):
+                values = changes(self._row(number, header, record))
+                stream.write(_join(header, record, values) if values else record.raw)
 
-    def _rows(self) -> Iterator[tuple[Row, str, list[str]]]:
-        records = self._records()
-        _, header = next(records)
-        for number, (raw, fields) in enumerate(records, start=1):
-            if len(fields) != len(header):
-                raise DataError(f"{self.path}, row {number}: {len(fields)} fields under a header of {len(header)}")
-            found = dict(zip(header, fields, strict=True))
-            yield Row(number, {name: found[name] for name in self.columns}), raw, fields
+    def _row(self, number: int, header: _Record, record: _Record) -> Row:
+        if record.fault or not record.fields:
+            return Row(number, {}, record.fault)
+        found = dict(zip(header.fields, record.fields, strict=True))
+        return make_row(number, {name: found[name] for name in self.columns})
 
-    def _records(self) -> Iterator[tuple[str, list[str]]]:
-        """Records as they stand and as fields, the header first; lines that are empty go with the record below."""
-        lines: list[str] = []
-        size = 0
-
-        def take() -> Iterator[str]:
-            nonlocal size
-            for number, line in enumerate(_read_lines(self.path), start=1):
-                size += len(line)
-                if size > MAX_ROW_BYTES:
-                    raise DataError(_too_large(self.path, f"the row that ends in line {number} or later"))
-                lines.append(line)
-                yield line
-
+    def _records(self) -> Iterator[_Record]:
+        """The header first."""
         # The limit is one for the whole process; pictures in base64 pass the usual one of 128 KB.
-        csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-        reader = csv.reader(take(), delimiter="\t", strict=True)
-        try:
-            for fields in reader:
-                if fields:
-                    yield "".join(lines), fields
-                    lines.clear()
-                    size = 0
-        except csv.Error as error:
-            raise DataError(f"{self.path}, line {reader.line_num}: not a tab-separated row ({error})") from None
+        csv.field_size_limit(max(csv.field_size_limit(), rows.MAX_ROW_BYTES))
+        lines = _Lines(_read_lines(self.path))
+        width = 0
+        while record := _read_record(lines, width):
+            width = width or len(record.fields)
+            yield record
 
 
 @dataclass(frozen=True)
@@ -184,95 +138,86 @@ class PromptList:
     def copy(self, out: Path, changes: Changes) -> None:
         """See `Table`."""
         with writing_whole(out) as stream:
-            for row, end in self._rows():
-                stream.write((changes(row) or row.values)[PROMPT].encode("utf-8") + end)
+            for row, line in self._rows():
+                values = changes(row)
+                stream.write(values[PROMPT].encode("utf-8") + _end(line) if values else line)
 
     def _rows(self) -> Iterator[tuple[Row, bytes]]:
         for number, line in enumerate(_read_lines(self.path), start=1):
-            prompt = line.rstrip("\r\n")
-            yield Row(number, {PROMPT: prompt}), line[len(prompt) :].encode()
+            try:
+                prompt = _decode(line.removesuffix(_end(line)))
+            except DataError as error:
+                yield Row(number, {}, str(error)), line
+            else:
+                yield Row(number, {PROMPT: prompt}), line
 
 
-@dataclass(frozen=True)
-class ParquetTable:
-    """A Parquet file; its schema, metadata, row groups and compression are those of the copy."""
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A record as it stands in the file, and its fields, or the fault for which they cannot be told."""
 
-    path: Path
-    columns: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        with self._open() as file:
-            _check_columns(self.path, self.columns, file.schema_arrow.names)
-
-    def rows(self) -> Iterator[Row]:
-        """See `Table`."""
-        with self._open() as file:
-            number = 0
-            for group in range(file.num_row_groups):
-                self._check_sizes(file, group, number)
-                for batch in file.iter_batches(64, row_groups=[group], columns=list(self.columns)):
-                    for values in batch.to_pylist():
-                        number += 1
-                        yield Row(number, {name: values[name] for name in self.columns})
-
-    def copy(self, out: Path, changes: Changes) -> None:
-        """See `Table`."""
-        import pyarrow.parquet as pq
-
-        with self._open() as file, writing_whole(out) as stream:
-            writer = pq.ParquetWriter(stream, file.schema_arrow, compression=_compression(file))
-            with writer:
-                number = 0
-                for group in range(file.num_row_groups):
-                    table = self._change(file.read_row_group(group), number, changes)
-                    number += table.num_rows
-                    writer.write_table(table, row_group_size=max(table.num_rows, 1))
-
-    def _change(self, table: pa.Table, before: int, changes: Changes) -> pa.Table:
-        """A row group, the first row of which is number `before + 1`, with its changes."""
-        import pyarrow as pa
-
-        columns = {name: table.column(name).to_pylist() for name in self.columns}
-        changed = set()
-        for index in range(table.num_rows):
-            row = Row(before + index + 1, {name: values[index] for name, values in columns.items()})
-            for name, value in changes(row).items():
-                columns[name][index] = value
-                changed.add(name)
-        for name in changed:
-            place = table.schema.get_field_index(name)
-            field = table.schema.field(place)
-            table = table.set_column(place, field, pa.array(columns[name], type=field.type))
-        return table
-
-    def _check_sizes(self, file: pq.ParquetFile, group: int, before: int) -> None:
-        if file.metadata.row_group(group).total_byte_size <= MAX_ROW_BYTES:
-            return
-        for batch in file.iter_batches(16, row_groups=[group]):
-            if batch.nbytes > MAX_ROW_BYTES:
-                for index in range(batch.num_rows):
-                    if batch.slice(index, 1).nbytes > MAX_ROW_BYTES:
-                        raise DataError(_too_large(self.path, f"row {before + index + 1}"))
-            before += batch.num_rows
-
-    @contextmanager
-    def _open(self) -> Iterator[pq.ParquetFile]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(self.path) as file:
-                yield file
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{self.path}: the Parquet file cannot be read or copied ({reason})") from None
+    raw: bytes
+    fields: tuple[str, ...] = ()
+    fault: str = ""
 
 
-def _compression(file: pq.ParquetFile) -> str:
-    if not file.num_row_groups or not file.metadata.num_columns:
-        return "snappy"
-    name = file.metadata.row_group(0).column(0).compression.lower()
-    return "none" if name == "uncompressed" else name
+class _Lines(Iterator[bytes]):
+    """Lines that can be given back, to be read again."""
+
+    def __init__(self, lines: Iterator[bytes]):
+        self._lines = lines
+        self._returned: deque[bytes] = deque()
+
+    def __next__(self) -> bytes:
+        return self._returned.popleft() if self._returned else next(self._lines)
+
+    def give_back(self, lines: list[bytes]) -> None:
+        self._returned.extendleft(reversed(lines))
+
+
+def _read_record(lines: _Lines, width: int) -> _Record | None:
+    """The next record, of `width` fields where that is known already; None at the end of the file.
+
+    A field that opens a quotation mark and never closes it would take the rest of the file with it. So of a record that
+    cannot be read only the first line is taken.
+    """
+    taken: list[bytes] = []
+
+    def decoded() -> Iterator[str]:
+        size = 0
+        for line in lines:
+            taken.append(line)
+            size += len(line)
+            if size > rows.MAX_ROW_BYTES:
+                raise csv.Error("no end of it in sight")
+            yield line.decode("utf-8")
+
+    try:
+        fields = next(csv.reader(decoded(), delimiter="\t", strict=True), None)
+        fault = f"{len(fields)} fields under a header of {width}" if fields and width not in (0, len(fields)) else ""
+    except (csv.Error, UnicodeDecodeError) as error:
+        fields = []
+        fault = _record_fault(error, spans_lines=len(taken) > 1)
+    if not taken:
+        return None
+    if fault:
+        lines.give_back(taken[1:])
+        return _Record(taken[0], fault=fault)
+    return _Record(b"".join(taken), tuple(fields or ()))
+
+
+def _record_fault(error: csv.Error | UnicodeDecodeError, spans_lines: bool) -> str:
+    if spans_lines or "end of data" in str(error):
+        return "a quotation mark opens a field, and none closes it"
+    if isinstance(error, UnicodeDecodeError):
+        return _encoding_fault(error)
+    return f"not a tab-separated row ({error})"
+
+
+def _join(header: _Record, record: _Record, values: Mapping[str, str]) -> bytes:
+    """The record's line or lines with new values of some fields."""
+    fields = [values.get(name, field) for name, field in zip(header.fields, record.fields, strict=True)]
+    return "\t".join(map(_quote, fields)).encode("utf-8") + _end(record.raw)
 
 
 _KINDS: dict[str, Callable[..., Table]] = {
@@ -283,29 +228,45 @@ _KINDS: dict[str, Callable[..., Table]] = {
 }
 
 
-def _read_lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[bytes]:
     """Lines with their ends, which are `\\n` alone or after `\\r`; a byte order mark is dropped."""
     with path.open("rb") as stream:
         number = 0
-        while line := stream.readline(MAX_ROW_BYTES + 1):
+        while line := stream.readline(rows.MAX_ROW_BYTES + 1):
             number += 1
-            if len(line) > MAX_ROW_BYTES:
-                raise DataError(_too_large(path, f"line {number}"))
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{path}, line {number}: not valid UTF-8") from None
+            if len(line) > rows.MAX_ROW_BYTES:
+                raise too_large(path, f"line {number}")
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _too_large(path: Path, place: str) -> str:
-    return f"{path}, {place}: larger than {MAX_ROW_BYTES // 2**20} MB; take it out, or store its pictures smaller"
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(_encoding_fault(error)) from None
 
 
-def _check_columns(path: Path, columns: tuple[str, ...], header: list[str]) -> None:
-    for name in columns:
-        if header.count(name) != 1:
-            found = "no column" if name not in header else "more than one column"
-            raise DataError(f"{path}: {found} {name!r}; its columns are {', '.join(header) or 'none'}")
+def _encoding_fault(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (byte {error.start + 1} of its line)"
+
+
+def _end(line: bytes) -> bytes:
+    return line[len(line.rstrip(b"\r\n")) :]
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    text = _decode(line)
+    if not text.strip():
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON ({error.msg} at character {error.pos + 1} of its line)") from None
+    except (ValueError, RecursionError):
+        raise DataError("not valid JSON (it is nested too deeply, or holds a number too long)") from None
+    if not isinstance(found, dict):
+        raise DataError(f"a JSON object is needed, not {kind_of(found)}")
+    return found
 
 
 def _quote(field: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from uni_x.data.translation.endpoint import KEY_VARIABLE, ChatEndpoint, NoAnswerError, Usage
+from uni_x.data.translation.journal import Entry, Outcome
 from uni_x.data.translation.placeholders import fault, is_translatable, kept_parts
 from uni_x.data.translation.tables import PROMPT, Row
 from uni_x.data.translation.values import texts_of
 from uni_x.errors import RunError, UsageError
 
 _LONGEST_WAIT = 60.0  # seconds between two requests for the same text
+_ECHO = "it was the message itself, which is right only where there is nothing to translate, as in names and code"
 _PROBE = [{"role": "user", "content": "Hello"}]
 
 
@@ -70,12 +71,24 @@ def instructions(options: TranslateOptions, text: str, complaint: str = "") -> s
     return "\n".join(lines)
 
 
+def too_long(row: Row, options: TranslateOptions) -> tuple[str, str] | None:
+    """The column with a text that is too long to be sent, and why; None where all can be."""
+    for column, text in texts_to_send(row):
+        if len(text) > options.max_characters:
+            return column, f"{len(text)} characters are more than the {options.max_characters} of --max-characters"
+    return None
+
+
+def texts_to_send(row: Row) -> list[tuple[str, str]]:
+    """Every text of the row in which there is something to translate, with its column."""
+    return [(column, text) for column, text in _texts(row) if is_translatable(text)]
+
+
 class _FailedError(Exception):
     """A text that cannot be translated; `unanswered` where no answer came, rather than a poor one."""
 
-    def __init__(self, column: str, reason: str, unanswered: bool = False):
+    def __init__(self, reason: str, unanswered: bool = False):
         super().__init__(reason)
-        self.column = column
         self.unanswered = unanswered
 
 
@@ -86,49 +99,59 @@ class Translator:
     endpoint: ChatEndpoint
     options: TranslateOptions
 
-    async def translate_row(self, row: Row) -> dict[str, Any]:
-        """The row's texts in the new language, or the column that failed and why.
+    async def translate_row(self, row: Row, earlier: Entry | None = None) -> Entry:
+        """The row's texts in the new language, or those before the one that failed, and why.
 
-        Raises `RunError` where it is the endpoint that fails, not the row.
+        `earlier` is what came of the row in a run before: its texts are not asked for again. Raises `RunError` where it
+        is the endpoint that fails, not the row.
         """
         usage = Usage()
-        texts: list[str] = []
-        try:
-            for column, text in texts_by_column(row):
-                if reason := hindrance(text, self.options):
-                    raise _FailedError(column, reason)
-            for column, text in texts_by_column(row):
+        texts = list(earlier.texts) if earlier else []
+        unchanged = list(earlier.unchanged) if earlier else []
+        for column, text in _texts(row)[len(texts) :]:
+            try:
                 texts.append(await self._translate(column, text, usage) if is_translatable(text) else text)
-        except _FailedError as error:
-            if error.unanswered:
-                await self._check_endpoint(str(error), usage)
-            return {"row": row.number, "column": error.column, "reason": str(error), **asdict(usage)}
-        return {"row": row.number, "texts": texts, **asdict(usage)}
+            except _FailedError as error:
+                if error.unanswered:
+                    await self._check_endpoint(str(error), usage)
+                return Entry(row.number, Outcome.FAILED, texts, unchanged, column, str(error), usage)
+            if is_translatable(text) and texts[-1] == text:
+                unchanged.append(column)
+        same = len(unchanged) == len(texts_to_send(row))
+        return Entry(row.number, Outcome.UNCHANGED if same else Outcome.TRANSLATED, texts, unchanged, usage=usage)
 
     async def _translate(self, column: str, text: str, usage: Usage) -> str:
+        """Asks until there is a translation; a text that comes back as it was is asked for once more."""
         core = text.strip()
         start = text.index(core)
         before, after = text[:start], text[start + len(core) :]
         complaint = ""
+        echoed = False
         for attempt in range(self.options.retries + 1):
-            messages = [
-                {"role": "system", "content": instructions(self.options, core, complaint)},
-                {"role": "user", "content": core},
-            ]
+            is_last = attempt == self.options.retries
             try:
-                answer = (await self.endpoint.ask(messages, usage)).strip()
+                answer = await self._ask(core, complaint, usage)
             except NoAnswerError as error:
-                failure = _FailedError(column, str(error), unanswered=True)
+                failure = _FailedError(str(error), unanswered=True)
                 if not error.again:
                     break
-                if not error.paused and attempt < self.options.retries:
+                if not error.paused and not is_last:
                     await asyncio.sleep(_wait(attempt, self.options.first_wait))
                 continue
             complaint = fault(core, answer, one_line=column == PROMPT and not self.options.columns)
+            if answer == core and not echoed and not is_last:
+                complaint, echoed = _ECHO, True
             if not complaint:
                 return before + answer + after
-            failure = _FailedError(column, f"the translation was not accepted: {complaint}")
+            failure = _FailedError(f"the translation was not accepted: {complaint}")
         raise failure
+
+    async def _ask(self, text: str, complaint: str, usage: Usage) -> str:
+        messages = [
+            {"role": "system", "content": instructions(self.options, text, complaint)},
+            {"role": "user", "content": text},
+        ]
+        return (await self.endpoint.ask(messages, usage)).strip()
 
     async def _check_endpoint(self, reason: str, usage: Usage) -> None:
         """Tells a row that the model will not answer from an endpoint that answers nobody."""
@@ -138,21 +161,9 @@ class Translator:
             raise RunError(f"{reason}; the same command goes on once the endpoint answers") from None
 
 
+def _texts(row: Row) -> list[tuple[str, str]]:
+    return [(column, text) for column, value in row.values.items() for text in texts_of(value)]
+
+
 def _wait(attempt: int, first_wait: float) -> float:
     return min(first_wait * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
-
-
-def hindrance(text: str, options: TranslateOptions) -> str:
-    """Why a text cannot be sent; empty where it can."""
-    if not is_translatable(text):
-        return ""
-    if len(text) > options.max_characters:
-        return f"{len(text)} characters are more than {options.max_characters}"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "it is not valid Unicode (a lone surrogate)"
-    return ""
-
-
-def texts_by_column(row: Row) -> list[tuple[str, str]]:
-    """Every text of the row with its column, in their order."""
-    return [(column, text) for column, value in row.values.items() for text in texts_of(value)]
