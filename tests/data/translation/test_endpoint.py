@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.data.translation.conftest import answer, into_chinese, once, read_texts
+from uni_x.data.translation import translator
 from uni_x.data.translation.endpoint import Pace, find_address, retry_after
 from uni_x.data.translation.translate import translate
 from uni_x.errors import MissingExtraError, RunError, UsageError
@@ -80,18 +81,27 @@ def test_the_server_s_retry_after_is_kept_in_place_of_the_own_wait(server, optio
 
     def reply(text):
         with server.lock:
-            opens.append(time.monotonic() + 0.4)
-        return (429, {"Retry-After": "0.5"}, "") if time.monotonic() < opens[0] else into_chinese(text)
+            opens.append(time.monotonic() + 0.9)
+        return (429, {"Retry-After": "1"}, "") if time.monotonic() < opens[0] else into_chinese(text)
 
     server.reply = reply
     source, out = texts_file("One", "Two"), tmp_path / "out.jsonl"
-    # the wait of its own is longer than the test's patience, and a request too early costs the only retry
-    hasty = options(first_wait=10_000, retries=1)
+    # the wait of its own is longer than the test's patience, and what the server asks for costs no retry
+    hasty = options(first_wait=10_000, retries=0)
     thread = threading.Thread(target=translate, args=(source, out, hasty), daemon=True)
     thread.start()
     thread.join(20)
     assert out.exists()
     assert read_texts(out) == ["译 One", "译 Two"]
+    assert len(server.requests) == 4
+
+
+def test_a_server_that_only_puts_off_is_not_waited_for_without_end(server, options, texts_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(translator, "_PATIENCE", 0.5)
+    server.reply = lambda text: (429, {"Retry-After": "0"}, "later")
+    with pytest.raises(RunError, match=r"gives no answers \(the server answers 429 \(later\)\)"):
+        translate(texts_file("One"), tmp_path / "out.jsonl", options(retries=0))
+    assert server.texts == ["One", "One", "Hello"]
 
 
 def test_a_retry_after_of_hours_ends_the_run(server, options, texts_file, tmp_path):

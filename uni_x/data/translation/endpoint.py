@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "https://api.openai.com/v1"
 URL_VARIABLE = "OPENAI_BASE_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
-LONGEST_PAUSE = 3600.0  # seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 3600.0  # seconds that a server may ask for
 
 _FOR_LATER = {408, 409, 425, 429}  # and 500 to 599
 _FOR_THE_USER = {
@@ -146,6 +146,7 @@ class ChatEndpoint:
             import httpx2
         except ImportError:
             raise MissingExtraError("httpx2", "translate") from None
+        self.answers = 0  # how many it has given so far
         self._address = address
         self._model = model
         self._pace = pace
@@ -163,6 +164,11 @@ class ChatEndpoint:
 
     async def __aexit__(self, *error: object) -> None:
         await self._client.aclose()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._address.url
 
     async def ask(self, messages: list[dict[str, str]], usage: Usage) -> str:
         """The model's answer, which is not empty, to messages of {role, content}; what it cost is added to `usage`.
@@ -190,7 +196,9 @@ class ChatEndpoint:
             raise NoAnswerError(f"no connection to {self._address.url} ({reason})") from None
         if not response.is_success:
             self._refuse(response, loop.time())
-        return _read_answer(response, usage)
+        answer = _read_answer(response, usage)
+        self.answers += 1
+        return answer
 
     def _refuse(self, response: httpx2.Response, now: float) -> None:
         status = response.status_code
@@ -206,7 +214,7 @@ class ChatEndpoint:
         if pause is not None:
             if pause > LONGEST_PAUSE:
                 raise RunError(f"{self._address.url} answers {status}: come back in {pause:.0f} seconds{said}")
-            self._pace.pause(now, pause)
+            self._pace.pause(now, max(pause, SHORTEST_PAUSE))
         raise NoAnswerError(f"the server answers {status}{said}", again, paused=pause is not None)
 
     def _message(self, response: httpx2.Response) -> str:

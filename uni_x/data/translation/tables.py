@@ -261,7 +261,9 @@ def _parse_object(line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON ({error.msg} at character {error.pos + 1} of its line)") from None
+        raise DataError(
+            f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1} of its line)"
+        ) from None
     except (ValueError, RecursionError):
         raise DataError("not valid JSON (it is nested too deeply, or holds a number too long)") from None
     if not isinstance(found, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from dataclasses import dataclass
 
 from uni_x.data.translation.endpoint import KEY_VARIABLE, ChatEndpoint, NoAnswerError, Usage
@@ -14,6 +15,7 @@ from uni_x.data.translation.values import texts_of
 from uni_x.errors import RunError, UsageError
 
 _LONGEST_WAIT = 60.0  # seconds between two requests for the same text
+_PATIENCE = 600.0  # seconds for which pauses that the server asks for do not count as attempts
 _ECHO = "it was the message itself, which is right only where there is nothing to translate, as in names and code"
 _PROBE = [{"role": "user", "content": "Hello"}]
 
@@ -106,6 +108,7 @@ class Translator:
         is the endpoint that fails, not the row.
         """
         usage = Usage()
+        answers = self.endpoint.answers
         texts = list(earlier.texts) if earlier else []
         unchanged = list(earlier.unchanged) if earlier else []
         for column, text in _texts(row)[len(texts) :]:
@@ -113,7 +116,7 @@ class Translator:
                 texts.append(await self._translate(column, text, usage) if is_translatable(text) else text)
             except _FailedError as error:
                 if error.unanswered:
-                    await self._check_endpoint(str(error), usage)
+                    await self._check_endpoint(str(error), answers, usage)
                 return Entry(row.number, Outcome.FAILED, texts, unchanged, column, str(error), usage)
             if is_translatable(text) and texts[-1] == text:
                 unchanged.append(column)
@@ -127,24 +130,28 @@ class Translator:
         before, after = text[:start], text[start + len(core) :]
         complaint = ""
         echoed = False
-        for attempt in range(self.options.retries + 1):
+        attempt = 0
+        patient_until = time.monotonic() + _PATIENCE
+        while True:
             is_last = attempt == self.options.retries
             try:
                 answer = await self._ask(core, complaint, usage)
             except NoAnswerError as error:
-                failure = _FailedError(str(error), unanswered=True)
-                if not error.again:
-                    break
-                if not error.paused and not is_last:
+                if error.paused and time.monotonic() < patient_until:
+                    continue  # the server has said when to ask again, and this is no attempt that it failed
+                if is_last or not error.again:
+                    raise _FailedError(str(error), unanswered=True) from None
+                if not error.paused:
                     await asyncio.sleep(_wait(attempt, self.options.first_wait))
-                continue
-            complaint = fault(core, answer, one_line=column == PROMPT and not self.options.columns)
-            if answer == core and not echoed and not is_last:
-                complaint, echoed = _ECHO, True
-            if not complaint:
-                return before + answer + after
-            failure = _FailedError(f"the translation was not accepted: {complaint}")
-        raise failure
+            else:
+                complaint = fault(core, answer, one_line=column == PROMPT and not self.options.columns)
+                if answer == core and not echoed and not is_last:
+                    complaint, echoed = _ECHO, True
+                if not complaint:
+                    return before + answer + after
+                if is_last:
+                    raise _FailedError(f"the translation was not accepted: {complaint}")
+            attempt += 1
 
     async def _ask(self, text: str, complaint: str, usage: Usage) -> str:
         messages = [
@@ -153,12 +160,19 @@ class Translator:
         ]
         return (await self.endpoint.ask(messages, usage)).strip()
 
-    async def _check_endpoint(self, reason: str, usage: Usage) -> None:
-        """Tells a row that the model will not answer from an endpoint that answers nobody."""
+    async def _check_endpoint(self, reason: str, answers: int, usage: Usage) -> None:
+        """Tells a row that the model will not answer from an endpoint that answers nobody.
+
+        `answers` is how many the endpoint had given to all rows when this one was begun.
+        """
+        if self.endpoint.answers > answers:
+            return
         try:
             await self.endpoint.ask(_PROBE, usage)
         except NoAnswerError:
-            raise RunError(f"{reason}; the same command goes on once the endpoint answers") from None
+            raise RunError(
+                f"{self.endpoint.url} gives no answers ({reason}); once it does, the same command goes on"
+            ) from None
 
 
 def _texts(row: Row) -> list[tuple[str, str]]:
