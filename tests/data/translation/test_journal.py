@@ -116,6 +116,26 @@ def test_a_line_that_was_being_written_does_not_count(server, options, texts_fil
         assert journal.read_bytes() == whole
 
 
+def test_a_second_try_that_was_stopped_goes_on_too(server, options, texts_file, tmp_path):
+    source, out = texts_file("One", "Bad 1", "Bad 2"), tmp_path / "out.jsonl"
+    server.reply = lambda text: (400, {}, "no") if text.startswith("Bad") else into_chinese(text)
+    assert translate(source, out, options(concurrency=1)).failed == 2
+    server.requests.clear()
+    server.reply = into_chinese
+
+    def interrupt(done, total, word):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        translate(source, out, options(concurrency=1), interrupt)
+    assert read_texts(out) == ["译 One", "Bad 1", "Bad 2"]
+    summary = translate(source, out, options(concurrency=1))
+    assert read_texts(out) == ["译 One", "译 Bad 1", "译 Bad 2"]
+    assert server.texts == ["Bad 1", "Bad 2"]
+    assert (summary.translated, summary.failed) == (3, 0)
+
+
 def test_finished_work_is_left_alone(server, options, texts_file, tmp_path):
     source, out = texts_file("One", "2"), tmp_path / "out.jsonl"
     first = translate(source, out, options())

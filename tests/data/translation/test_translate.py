@@ -116,7 +116,7 @@ def test_a_broken_row_stands_as_it_stood(server, options, tmp_path, name, head, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]\n[2]\n", "not one of 2 rows can be read; row 1: a JSON object is needed"),
+        ("[1]\n[2]\n", "no row can be read; row 1: a JSON object is needed"),
         ('{"text": {"a": "b"}}\n', "row 1: column 'text': a mapping cannot be translated"),
         ('{"texts": "a"}\n[1]\n', "no row has a column 'text'"),
     ],

@@ -39,8 +39,8 @@ class TranslateSummary:
 
     `rows == translated + unchanged + without_text + failed + broken`. Of an unchanged row every text came back as it
     was; `unchanged_texts` counts those of translated rows too. Rows without text have no letters outside what must be
-    kept, and are not sent. Broken ones cannot be read. Requests and tokens are those of the rows that came to an
-    end, in all runs, tokens as the endpoint counts them. `already_done` says that an earlier run had left nothing to do.
+    kept, and are not sent. Broken ones cannot be read. Requests and tokens are those of rows that came to an end, in all
+    runs; tokens as the endpoint counts them. `already_done` says that an earlier run had left nothing to do.
     """
 
     rows: int = 0
@@ -136,14 +136,13 @@ def translate(source: Path, out: Path, options: TranslateOptions, progress: Prog
     survey = _survey(source, table, options)
     with open_journal(path, _settings(source, options)) as journal:
         waiting = {row for row in survey.sendable if journal.outcome(row) in (None, Outcome.FAILED)}
-        if journal.finished and out.exists():
-            if not waiting:
-                return _summarize(journal, survey, already_done=True)
-            if journal.output != _digest(out):
-                raise RunError(
-                    f"{out}: was changed after it was written, and trying the rows that failed again would undo that; "
-                    "move it away, or choose another --out"
-                )
+        if journal.finished and out.exists() and not waiting:
+            return _summarize(journal, survey, already_done=True)
+        if journal.output and out.exists() and journal.output != _digest(out):
+            raise RunError(
+                f"{out}: was changed after it was written, and trying the rows that failed again would undo that; "
+                "move it away, or choose another --out"
+            )
         with _orderly_interrupts():
             asyncio.run(_translate_rows(table, options, journal, survey.sendable, waiting, progress))
         _write_output(table, out, options, journal)
@@ -194,7 +193,7 @@ def _survey(source: Path, table: Table, options: TranslateOptions) -> _Survey:
         else:
             found.sendable.add(row.number)
     if found.rows and found.broken == found.rows:
-        raise DataError(f"{source}: not one of {found.rows} rows can be read; {found.first_broken}")
+        raise DataError(f"{source}: no row can be read; {found.first_broken}")
     if found.rows and missing:
         raise DataError(f"{source}: no row has a column {sorted(missing)[0]!r}")
     return found
