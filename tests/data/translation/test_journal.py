@@ -129,7 +129,12 @@ def test_a_second_try_that_was_stopped_goes_on_too(server, options, texts_file, 
 
     with pytest.raises(KeyboardInterrupt):
         translate(source, out, options(concurrency=1), interrupt)
+    written = out.read_text()
     assert read_texts(out) == ["译 One", "Bad 1", "Bad 2"]
+    out.write_text("mended")
+    with pytest.raises(RunError, match="was changed after it was written"):
+        translate(source, out, options())
+    out.write_text(written)
     summary = translate(source, out, options(concurrency=1))
     assert read_texts(out) == ["译 One", "译 Bad 1", "译 Bad 2"]
     assert server.texts == ["Bad 1", "Bad 2"]

@@ -39,8 +39,8 @@ class TranslateSummary:
 
     `rows == translated + unchanged + without_text + failed + broken`. Of an unchanged row every text came back as it
     was; `unchanged_texts` counts those of translated rows too. Rows without text have no letters outside what must be
-    kept, and are not sent. Broken ones cannot be read. Requests and tokens are those of rows that came to an end, in all
-    runs; tokens as the endpoint counts them. `already_done` says that an earlier run had left nothing to do.
+    kept, and are not sent. Broken ones cannot be read. Requests and tokens are those of rows that came to an end, in
+    all runs; tokens as the endpoint counts them. `already_done` says that an earlier run had left nothing to do.
     """
 
     rows: int = 0
