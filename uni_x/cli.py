@@ -203,11 +203,17 @@ def data_translate(
     key_variable: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests a minute.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a text is asked for again.")] = 6,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 300,
+    max_characters: Annotated[int, typer.Option(min=1, help="A row with a longer text is not sent, and fails.")] = 8000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Counts what would be sent, and sends nothing.")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="With --dry-run: folder of a tokenizer to count with.")] = None,
 ) -> None:
-    """Translates text columns of a file through an OpenAI-compatible endpoint, and goes on where it stopped."""
-    from uni_x.data.translate import TranslateOptions
+    """Translates text columns of a file through an OpenAI-compatible endpoint, and goes on where it stopped.
+
+    Exit code 1 where rows failed or are broken; the file is whole all the same.
+    """
+    from uni_x.data.translation.translate import TranslateOptions
     from uni_x.workflows.translation import plan_translation, translate_file
 
     options = TranslateOptions(
@@ -219,16 +225,22 @@ def data_translate(
         key_variable=key_variable,
         concurrency=concurrency,
         requests_per_minute=requests_per_minute,
+        retries=retries,
+        timeout=timeout,
+        max_characters=max_characters,
     )
     if tokenizer is not None and not dry_run:
         raise UsageError("--tokenizer counts for --dry-run alone; leave it out, or add --dry-run")
     if dry_run:
-        lines = plan_translation(source, options, tokenizer)
-    else:
-        with _progress() as progress:
-            lines = translate_file(source, out, options, partial(progress, "translate"))
-    for line in lines:
+        for line in plan_translation(source, options, tokenizer):
+            typer.echo(line)
+        return
+    with _progress() as progress:
+        translated = translate_file(source, out, options, partial(progress, "translate"))
+    for line in translated.lines:
         typer.echo(line)
+    if not translated.ok:
+        raise typer.Exit(1)
 
 
 @tokenizer_app.command("train")

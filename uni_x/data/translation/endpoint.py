@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "https://api.openai.com/v1"
 URL_VARIABLE = "OPENAI_BASE_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
-LONGEST_PAUSE = 3600.0  # seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 3600.0  # seconds that a server may ask for
 
 _FOR_LATER = {408, 409, 425, 429}  # and 500 to 599
 _FOR_THE_USER = {
@@ -54,6 +54,12 @@ class Usage:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def add(self, other: Usage) -> None:
+        """Counts another's in."""
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
 
 
 class Pace:
@@ -140,6 +146,7 @@ class ChatEndpoint:
             import httpx2
         except ImportError:
             raise MissingExtraError("httpx2", "translate") from None
+        self.answers = 0  # how many it has given so far
         self._address = address
         self._model = model
         self._pace = pace
@@ -157,6 +164,11 @@ class ChatEndpoint:
 
     async def __aexit__(self, *error: object) -> None:
         await self._client.aclose()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._address.url
 
     async def ask(self, messages: list[dict[str, str]], usage: Usage) -> str:
         """The model's answer, which is not empty, to messages of {role, content}; what it cost is added to `usage`.
@@ -184,7 +196,9 @@ class ChatEndpoint:
             raise NoAnswerError(f"no connection to {self._address.url} ({reason})") from None
         if not response.is_success:
             self._refuse(response, loop.time())
-        return _read_answer(response, usage)
+        answer = _read_answer(response, usage)
+        self.answers += 1
+        return answer
 
     def _refuse(self, response: httpx2.Response, now: float) -> None:
         status = response.status_code
@@ -200,7 +214,7 @@ class ChatEndpoint:
         if pause is not None:
             if pause > LONGEST_PAUSE:
                 raise RunError(f"{self._address.url} answers {status}: come back in {pause:.0f} seconds{said}")
-            self._pace.pause(now, pause)
+            self._pace.pause(now, max(pause, SHORTEST_PAUSE))
         raise NoAnswerError(f"the server answers {status}{said}", again, paused=pause is not None)
 
     def _message(self, response: httpx2.Response) -> str:

@@ -1,0 +1,1 @@
+"""Texts of a file into another language, by a model behind an OpenAI-compatible endpoint."""

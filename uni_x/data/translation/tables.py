@@ -1,0 +1,316 @@
+"""Tables of which some columns can be rewritten: JSONL, Parquet, tab-separated files and lists of prompts.
+
+A table gives its rows in order, with the columns that were asked for, and writes a copy of itself in which nothing but
+rewritten values differs. Lines without any are copied as they stand, and so are the other fields of JSON rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uni_x.data.translation import rows
+from uni_x.data.translation.parquet_table import ParquetTable
+from uni_x.data.translation.rows import Changes, Row, Table, check_columns, make_row, too_large
+from uni_x.data.translation.values import kind_of
+from uni_x.errors import DataError, UsageError
+from uni_x.runs import writing_whole
+
+PROMPT = "prompt"  # the one column of a list of prompts
+
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def open_table(path: Path, columns: tuple[str, ...]) -> Table:
+    """The table in a `.jsonl`, `.parquet`, `.tsv` or `.txt` file; a `.txt` has one column that needs no name.
+
+    Raises `UsageError` for another suffix and for columns that do not go with it, `DataError` where the file is not
+    there or its header lacks a column.
+    """
+    kind = path.suffix.lower()
+    if kind not in _KINDS:
+        raise UsageError(f"{path}: the name must end in one of {', '.join(_KINDS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if kind == ".txt":
+        if columns:
+            raise UsageError(f"{path}: a list of prompts has no columns; leave --column out")
+        return PromptList(path)
+    if not columns:
+        raise UsageError(f"{path}: which columns? name at least one with --column")
+    return _KINDS[kind](path, columns)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One JSON object a line; rows are counted as lines are, and an empty line is a row without columns."""
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def rows(self) -> Iterator[Row]:
+        """See `Table`."""
+        return (row for row, _ in self._rows())
+
+    def copy(self, out: Path, changes: Changes) -> None:
+        """See `Table`."""
+        with writing_whole(out) as stream:
+            for row, line in self._rows():
+                values = changes(row)
+                stream.write(_splice(line.decode("utf-8"), values).encode("utf-8") if values else line)
+
+    def _rows(self) -> Iterator[tuple[Row, bytes]]:
+        for number, line in enumerate(_read_lines(self.path), start=1):
+            try:
+                found = _parse_object(line)
+            except DataError as error:
+                yield Row(number, {}, str(error)), line
+            else:
+                yield make_row(number, {name: found[name] for name in self.columns if name in found}), line
+
+
+@dataclass(frozen=True)
+class TabSeparated:
+    """Fields between tabs under a header; where a field is in quotes, they are doubled inside it.
+
+    An empty line is a row without columns. Where a record cannot be read, its first line is the broken row.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        header = next(self._records(), _Record(b""))
+        if header.fault:
+            raise DataError(f"{self.path}: the header cannot be read: {header.fault}")
+        check_columns(self.path, self.columns, header.fields)
+
+    def rows(self) -> Iterator[Row]:
+        """See `Table`."""
+        records = self._records()
+        header = next(records)
+        return (self._row(number, header, record) for number, record in enumerate(records, start=1))
+
+    def copy(self, out: Path, changes: Changes) -> None:
+        """See `Table`."""
+        with writing_whole(out) as stream:
+            records = self._records()
+            header = next(records)
+            stream.write(header.raw)
+            for number, record in enumerate(records, start=1):
+                values = changes(self._row(number, header, record))
+                stream.write(_join(header, record, values) if values else record.raw)
+
+    def _row(self, number: int, header: _Record, record: _Record) -> Row:
+        if record.fault or not record.fields:
+            return Row(number, {}, record.fault)
+        found = dict(zip(header.fields, record.fields, strict=True))
+        return make_row(number, {name: found[name] for name in self.columns})
+
+    def _records(self) -> Iterator[_Record]:
+        """The header first."""
+        # The limit is one for the whole process; pictures in base64 pass the usual one of 128 KB.
+        csv.field_size_limit(max(csv.field_size_limit(), rows.MAX_ROW_BYTES))
+        lines = _Lines(_read_lines(self.path))
+        width = 0
+        while record := _read_record(lines, width):
+            width = width or len(record.fields)
+            yield record
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """One prompt a line, in a column called `prompt`; an empty line is a row too."""
+
+    path: Path
+
+    def rows(self) -> Iterator[Row]:
+        """See `Table`."""
+        return (row for row, _ in self._rows())
+
+    def copy(self, out: Path, changes: Changes) -> None:
+        """See `Table`."""
+        with writing_whole(out) as stream:
+            for row, line in self._rows():
+                values = changes(row)
+                stream.write(values[PROMPT].encode("utf-8") + _end(line) if values else line)
+
+    def _rows(self) -> Iterator[tuple[Row, bytes]]:
+        for number, line in enumerate(_read_lines(self.path), start=1):
+            try:
+                prompt = _decode(line.removesuffix(_end(line)))
+            except DataError as error:
+                yield Row(number, {}, str(error)), line
+            else:
+                yield Row(number, {PROMPT: prompt}), line
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A record as it stands in the file, and its fields, or the fault for which they cannot be told."""
+
+    raw: bytes
+    fields: tuple[str, ...] = ()
+    fault: str = ""
+
+
+class _Lines(Iterator[bytes]):
+    """Lines that can be given back, to be read again."""
+
+    def __init__(self, lines: Iterator[bytes]):
+        self._lines = lines
+        self._returned: deque[bytes] = deque()
+
+    def __next__(self) -> bytes:
+        return self._returned.popleft() if self._returned else next(self._lines)
+
+    def give_back(self, lines: list[bytes]) -> None:
+        self._returned.extendleft(reversed(lines))
+
+
+def _read_record(lines: _Lines, width: int) -> _Record | None:
+    """The next record, of `width` fields where that is known already; None at the end of the file.
+
+    A field that opens a quotation mark and never closes it would take the rest of the file with it. So of a record that
+    cannot be read only the first line is taken.
+    """
+    taken: list[bytes] = []
+
+    def decoded() -> Iterator[str]:
+        size = 0
+        for line in lines:
+            taken.append(line)
+            size += len(line)
+            if size > rows.MAX_ROW_BYTES:
+                raise csv.Error("no end of it in sight")
+            yield line.decode("utf-8")
+
+    try:
+        fields = next(csv.reader(decoded(), delimiter="\t", strict=True), None)
+        fault = f"{len(fields)} fields under a header of {width}" if fields and width not in (0, len(fields)) else ""
+    except (csv.Error, UnicodeDecodeError) as error:
+        fields = []
+        fault = _record_fault(error, spans_lines=len(taken) > 1)
+    if not taken:
+        return None
+    if fault:
+        lines.give_back(taken[1:])
+        return _Record(taken[0], fault=fault)
+    return _Record(b"".join(taken), tuple(fields or ()))
+
+
+def _record_fault(error: csv.Error | UnicodeDecodeError, spans_lines: bool) -> str:
+    if spans_lines or "end of data" in str(error):
+        return "a quotation mark opens a field, and none closes it"
+    if isinstance(error, UnicodeDecodeError):
+        return _encoding_fault(error)
+    return f"not a tab-separated row ({error})"
+
+
+def _join(header: _Record, record: _Record, values: Mapping[str, str]) -> bytes:
+    """The record's line or lines with new values of some fields."""
+    fields = [values.get(name, field) for name, field in zip(header.fields, record.fields, strict=True)]
+    return "\t".join(map(_quote, fields)).encode("utf-8") + _end(record.raw)
+
+
+_KINDS: dict[str, Callable[..., Table]] = {
+    ".jsonl": JsonLines,
+    ".parquet": ParquetTable,
+    ".tsv": TabSeparated,
+    ".txt": PromptList,
+}
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends, which are `\\n` alone or after `\\r`; a byte order mark is dropped."""
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(rows.MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > rows.MAX_ROW_BYTES:
+                raise too_large(path, f"line {number}")
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(_encoding_fault(error)) from None
+
+
+def _encoding_fault(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (byte {error.start + 1} of its line)"
+
+
+def _end(line: bytes) -> bytes:
+    return line[len(line.rstrip(b"\r\n")) :]
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    text = _decode(line)
+    if not text.strip():
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1} of its line)"
+        ) from None
+    except (ValueError, RecursionError):
+        raise DataError("not valid JSON (it is nested too deeply, or holds a number too long)") from None
+    if not isinstance(found, dict):
+        raise DataError(f"a JSON object is needed, not {kind_of(found)}")
+    return found
+
+
+def _quote(field: str) -> str:
+    if any(character in field for character in '\t\r\n"'):
+        return '"' + field.replace('"', '""') + '"'
+    return field
+
+
+def _splice(line: str, values: Mapping[str, Any]) -> str:
+    """A JSON object's line with new values of some keys; every other character stays."""
+    places = _places(line)
+    for name in sorted(values, key=lambda name: places[name], reverse=True):
+        start, end = places[name]
+        line = line[:start] + _dump(values[name]) + line[end:]
+    return line
+
+
+def _places(line: str) -> dict[str, tuple[int, int]]:
+    """Where the value of each key stands in the line of a JSON object that is known to be valid."""
+    decoder = json.JSONDecoder()
+    places = {}
+    at = _skip_space(line, line.index("{") + 1)
+    while line[at] != "}":
+        name, at = decoder.raw_decode(line, at)
+        start = _skip_space(line, line.index(":", at) + 1)
+        _, end = decoder.raw_decode(line, start)
+        places[name] = (start, end)
+        at = _skip_space(line, end)
+        if line[at] == ",":
+            at = _skip_space(line, at + 1)
+    return places
+
+
+def _skip_space(line: str, at: int) -> int:
+    found = _JSON_SPACE.match(line, at)
+    return found.end() if found else at
+
+
+def _dump(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate in a neighbouring field, which JSON alone can spell
+        return json.dumps(value)
+    return text
