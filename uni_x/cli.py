@@ -44,7 +44,7 @@ STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 def quickstart(
     overrides: Overrides = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Every stage, in a minute, with next to no training.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/quickstart]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. \\[default: runs/quickstart]")] = None,
 ) -> None:
     """Trains a small Uni-X on pictures of a small world, and shows it drawing, looking and answering."""
     from uni_x.workflows.quickstart import load_quickstart_recipe, quickstart
@@ -76,7 +76,7 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
     image_tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder of an image tokenizer, or scenes. [default: scenes, for the scenes alone]"),
+        typer.Option(help="Folder of an image tokenizer, or scenes. \\[default: scenes, for the scenes alone]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     max_aspect: Annotated[
@@ -84,10 +84,12 @@ def encode(
     ] = 2.5,
     min_side: Annotated[
         int | None,
-        typer.Option(min=0, help="Reject pictures with a side of fewer pixels. [default: a quarter of the resolution]"),
+        typer.Option(
+            min=0, help="Reject pictures with a side of fewer pixels. \\[default: a quarter of the resolution]"
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures encoded at once. [default: as many as memory allows]")
+        int | None, typer.Option(min=1, help="Pictures encoded at once. \\[default: as many as memory allows]")
     ] = None,
     kind: Annotated[
         Literal["tar", "parquet", "tsv", "jsonl", "json", "pictures", "dataset"] | None,
@@ -175,7 +177,7 @@ def data_stats(
         Path | None, typer.Option(help="For a folder: the model folder whose tokenizer and rendering count.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a row. [default: the recipe's, or the most the model takes]")
+        int | None, typer.Option(min=1, help="Tokens in a row. \\[default: the recipe's, or the most the model takes]")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG file to draw the lengths into.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples of each source.")] = None,
@@ -195,10 +197,10 @@ def data_translate(
     model: Annotated[str, typer.Option(help="Name of the model, as the server knows it.")],
     column: Annotated[list[str] | None, typer.Option(help="Column to translate; may be given again.")] = None,
     from_: Annotated[
-        str | None, typer.Option("--from", help="Language of the source. [default: told by the model]")
+        str | None, typer.Option("--from", help="Language of the source. \\[default: told by the model]")
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible address. [default: $OPENAI_BASE_URL, or OpenAI]")
+        str | None, typer.Option(help="OpenAI-compatible address. \\[default: $OPENAI_BASE_URL, or OpenAI]")
     ] = None,
     key_variable: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
@@ -299,7 +301,7 @@ def init(
         bool, typer.Option("--init-vision-with-text", help="Start image layers as copies of text layers.")
     ] = False,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: that of the LLM]")
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="\\[default: that of the LLM]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     separator: Annotated[
@@ -353,9 +355,9 @@ def generate(
     number: Annotated[int, typer.Option(min=1, max=64, help="How many drawings.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 65, help="Of the first drawing.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="[default: the model's for pictures, 0 for text]")
+        float | None, typer.Option(min=0, help="\\[default: the model's for pictures, 0 for text]")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="[default: the model's]")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="\\[default: the model's]")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For text.")] = 64,
     device: Device = "auto",
 ) -> None:
