@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,7 +77,7 @@ def bare_loop(recipe: TrainRecipe) -> list[float]:
         schedule.step()
         optimizer.zero_grad()
         moments.append(time.perf_counter())
-    return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    return [after - before for before, after in pairwise(moments)]
 
 
 def trainer(recipe: TrainRecipe, run: Path) -> tuple[list[float], list[float]]:
@@ -105,7 +105,7 @@ def trainer(recipe: TrainRecipe, run: Path) -> tuple[list[float], list[float]]:
 
     with mock.patch.object(UniXTrainer, "get_train_dataloader", lambda self: Watched(make_loader(self))):
         train(recipe.model_copy(update={"run": str(run)}), lambda *progress: moments.append(time.perf_counter()))
-    return [after - before for before, after in zip(moments, moments[1:], strict=False)], waits[1:]
+    return [after - before for before, after in pairwise(moments)], waits[1:]
 
 
 def main() -> None:
