@@ -138,14 +138,15 @@ def training_memory(
     Args:
         config: of the model.
         tokens: in a forward pass on one device, padding left out.
-        weight_bytes: 4 for float32; 2 for bfloat16, where the optimizer keeps float32 weights beside its moments.
+        weight_bytes: 4 for float32; 2 for bfloat16, where the optimizer keeps float32 weights beside its moments, as
+            DeepSpeed does in any case.
         zero_stage: 0; from 1 up the optimizer's state, from 2 up gradients, at 3 weights are divided by `devices`.
         devices: over which they are divided.
         checkpointing: whether layers keep their input alone and run again in the backward pass.
         image_share: share of the tokens that are image tokens, which may have FFNs of another width.
     """
     parameters = measure_size(config).total
-    master = 0 if weight_bytes == 4 else MASTER_BYTES
+    master = 0 if weight_bytes == 4 and not zero_stage else MASTER_BYTES
     kept = [weight_bytes * tokens * _kept_values(config, spec, image_share) for spec in config.layer_specs]
     activations = sum(kept)
     if checkpointing:
