@@ -107,6 +107,8 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
             config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if recipe.optimizer.name == "muon":
             raise RecipeError("optimizer.name: muon needs whole matrices, which ZeRO takes apart; use adamw, or DDP")
+    if any(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) > 1 for kind in ("CP", "SP", "TP")):
+        raise RecipeError("sequences and matrices cannot be divided over processes here; docs/scaling.md says why")
     if sharded == "FSDP" and arguments.use_cpu:
         raise RecipeError("FSDP: accelerate has it for GPUs alone; on CPUs take DDP (ddp.yaml) or ZeRO-3 (zero3.yaml)")
     if sharded == "FSDP" and recipe.drawings is not None:
