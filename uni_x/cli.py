@@ -1,5 +1,6 @@
 """The command `uni-x`. Nothing heavy is imported until a verb is chosen."""
 
+import logging
 import math
 import os
 import shlex
@@ -407,6 +408,8 @@ def env() -> None:
 def main() -> None:
     """Runs the command; a user's mistake is one line and exit code 1 (2 for wrong usage), never a traceback."""
     _settle_libraries()
+    if launch.rank() == 0:
+        logging.getLogger("uni_x").addHandler(_Warnings(logging.WARNING))
     try:
         app(standalone_mode=True)
     except UniXError as error:
@@ -422,6 +425,14 @@ def main() -> None:
             again = " Run the same command again to go on." if _goes_on else ""
             typer.echo(f"Stopped.{again}", err=True)
         raise
+
+
+class _Warnings(logging.Handler):
+    """Shows the warnings of the package, above the progress line where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        typer.echo(f"warning: {record.getMessage()}", err=True)
 
 
 def _settle_libraries() -> None:

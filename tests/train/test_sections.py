@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from uni_x.data import dataset, shards
+from uni_x.data.schema import Message, Sample
 from uni_x.data.shards import shard_to_bytes
 from uni_x.errors import RecipeError, RunError
 from uni_x.model_folder import load_model_folder
@@ -237,6 +239,29 @@ def test_a_shard_that_cannot_be_read_is_named(make_recipe: Any, monkeypatch: Any
     with pytest.raises(RunError, match=r"part-00002\.parquet") as caught:
         train(recipe, cut)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_left_out_is_told_on_the_terminal(make_recipe: Any, encoded_folder: Any, tmp_path: Path) -> None:
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"))
+    odd = (Message("system", "Be short."), *turns)
+    chats = [Sample(f"odd-{number}" if number < 8 else f"{number}", messages=odd if number < 8 else turns)
+             for number in range(40)]  # fmt: skip
+    chats.append(Sample("long", messages=(Message("user", "Hi"), Message("assistant", "Hello " * 200))))
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+        "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    )
+    data = {"sources": [{"path": str(encoded_folder(chats, "said"))}], "render": {"template": str(template)}}
+    content = make_recipe("run", {"data": data}, max_steps=2).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "uni_x", "train", str(tmp_path / "recipe.yaml")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert len([line for line in told if line.startswith("warning: left out: sample 'odd-")]) == 5
+    assert any("are longer than max_length (128) and left out" in line for line in told)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert sorted(set(re.findall(r"left out: sample '(odd-\d)'", log))) == [f"odd-{number}" for number in range(8)]
+    assert len(re.findall(r"left out: sample", log)) == 8
 
 
 def test_padding_is_told(make_recipe: Any) -> None:

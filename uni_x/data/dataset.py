@@ -29,6 +29,7 @@ NOTES = "notes"  # the key in a batch of what the model does not see
 _TRIED = 512
 _BLOCK_TOKENS = 2**21
 _MOST_ROWS = 512  # of a block
+_TOLD = 5  # refused samples that the user is told of; the log has all
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class TrainingStream(IterableDataset[Batch]):
         self._seed = seed
         self._packing = packing
         self._split_long_texts = split_long_texts
+        self._told: set[str] = set()
         self.position = position or start_positions(1, 1)[0]
         self._block_size, self.forecast = self._choose_block_size()
 
@@ -238,7 +240,8 @@ class TrainingStream(IterableDataset[Batch]):
         """The rows of a block, by batches, and how many of its samples are in none: too long, or refused."""
         rng = np.random.default_rng((self._seed, block))
         samples = self._samples_between(block * self._block_size, (block + 1) * self._block_size, rng)
-        sequences = self._render(samples, rng)
+        sequences, refused = self._render(samples, rng)
+        self._tell_once(refused)
         rows, packed = self._pack(sequences)
         left_out = len(samples) - len(sequences) + packed.dropped
         if not self._packing:
@@ -248,16 +251,25 @@ class TrainingStream(IterableDataset[Batch]):
         # The rows at the end are the least full ones, and sorted by the lengths of their documents.
         return self._cut([rows[index] for index in rng.permutation(len(rows))]), left_out
 
-    def _render(self, samples: list[tuple[int, Sample]], rng: np.random.Generator) -> list[Rendered]:
-        """Sequences of the samples; those that layout or template refuse are left out, and the log says why."""
-        sequences = []
+    def _render(
+        self, samples: list[tuple[int, Sample]], rng: np.random.Generator
+    ) -> tuple[list[Rendered], dict[str, DataError]]:
+        """Sequences of the samples, and why layout or template refuse others, by their ids."""
+        sequences, refused = [], {}
         rendered = self._renderer.try_all([sample for _, sample in samples], rng)
-        for (folder, _), sequence in zip(samples, rendered, strict=True):
+        for (folder, sample), sequence in zip(samples, rendered, strict=True):
             if isinstance(sequence, DataError):
-                logger.warning("left out: %s", sequence)
+                refused[sample.id] = sequence
             else:
                 sequences.append(replace(sequence, folder=folder))
-        return sequences
+        return sequences, refused
+
+    def _tell_once(self, refused: Mapping[str, DataError]) -> None:
+        for sample_id in refused.keys() - self._told:
+            self._told.add(sample_id)
+            logger.log(
+                logging.WARNING if len(self._told) <= _TOLD else logging.INFO, "left out: %s", refused[sample_id]
+            )
 
     def _cut(self, rows: list[PackedRow]) -> list[list[PackedRow]]:
         return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
@@ -282,10 +294,11 @@ class TrainingStream(IterableDataset[Batch]):
         """Samples in a block, so that it has some hundred rows, and what packing made of those that were tried."""
         rng = np.random.default_rng(self._seed)
         samples = self._samples_between(0, _TRIED, rng)
-        sequences = self._render(samples, rng)
+        sequences, refused = self._render(samples, rng)
         _, packed = self._pack(sequences)
         if not sequences:
-            raise DataError(f"none of the first {len(samples)} samples can be rendered; log.txt says why")
+            why = next(iter(refused.values()))
+            raise DataError(f"none of the first {len(samples)} samples can be rendered; the first: {why}")
         if not packed.rows:
             raise DataError(f"max_length: {self._max_length} tokens are too few for each of {len(sequences)} samples")
         wanted = min(max(_BLOCK_TOKENS // self._max_length, 1), _MOST_ROWS)
