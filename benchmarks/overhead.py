@@ -32,7 +32,7 @@ from uni_x.workflows.sources import encode_scenes
 
 ROUNDS, STEPS, WARM = 3, 40, 5
 SECTIONS = """
-model: {preset: uni-x, preset_arguments: {first: 2, last: 1}, hidden_size: 256, intermediate_size: 768,
+model: {preset: uni-x, preset_arguments: {first: 2, last: 1}, hidden_size: 192, intermediate_size: 576,
         num_hidden_layers: 6, num_attention_heads: 8, max_position_embeddings: 512}
 text_tokenizer: {vocab_size: 2048}
 optimizer: {learning_rate: 1.0e-4}
