@@ -285,6 +285,8 @@ def train(
         return
     if trained.already_done:
         typer.echo("This run is finished already; give another run folder (run=…) to train again.")
+    if trained.metrics:
+        typer.echo(f"Step {trained.metrics[-1]['step']:.0f}: {losses_in_words(trained.metrics[-1])}")
     typer.echo(f"Model: {trained.model_dir}")
 
 
@@ -408,8 +410,8 @@ def env() -> None:
 def main() -> None:
     """Runs the command; a user's mistake is one line and exit code 1 (2 for wrong usage), never a traceback."""
     _settle_libraries()
-    if launch.rank() == 0:
-        logging.getLogger("uni_x").addHandler(_Warnings(logging.WARNING))
+    shown = _Warnings(logging.WARNING) if launch.rank() == 0 else logging.NullHandler()
+    logging.getLogger("uni_x").addHandler(shown)
     try:
         app(standalone_mode=True)
     except UniXError as error:
@@ -431,8 +433,9 @@ class _Warnings(logging.Handler):
     """Shows the warnings of the package, above the progress line where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one line."""
-        typer.echo(f"warning: {record.getMessage()}", err=True)
+        """Prints one line; errors reach the user by themselves."""
+        if record.levelno == logging.WARNING:
+            typer.echo(f"warning: {record.getMessage()}", err=True)
 
 
 def _settle_libraries() -> None:

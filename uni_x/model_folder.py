@@ -88,6 +88,8 @@ def read_model_config(path: str | Path) -> UniXConfig:
         DataError: for a folder that holds no model, or another kind of model.
     """
     file = Path(path) / "config.json"
+    if (Path(path) / "model" / "config.json").is_file():
+        raise DataError(f"{path}: is a run folder; its model is {Path(path) / 'model'}")
     if not file.is_file():
         raise DataError(f"{path}: not a model folder (it has no config.json); `uni-x train` and `uni-x init` make one")
     try:

@@ -495,6 +495,16 @@ class TrainRecipe(Section):
     device: str = "auto"
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _keys_that_would_be_ignored(self) -> "TrainRecipe":
+        if self.model.base is not None:
+            for key in ("image_tokenizer", "text_tokenizer"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: model.base brings its own; take it out")
+        if self.lora is not None and self.trainable != ("*",):
+            raise ValueError("trainable: with lora the adapters alone are trained; take one of the two out")
+        return self
+
 
 class ScenesSection(Section):
     """How much of the scenes' world is made into training data."""

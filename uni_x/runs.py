@@ -22,7 +22,7 @@ from uni_x.errors import RunError
 
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
-START_FILES = {"recipe.yaml", "log.txt", "stages.json"}  # what a run leaves before it has done anything
+START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints"}  # what is there before anything is done
 
 
 class RunFolder:
@@ -102,7 +102,8 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
-        return {entry.name for entry in self.path.iterdir()} <= START_FILES
+        names = {entry.name for entry in self.path.iterdir()}
+        return names <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
 
     def _refuse_another_recipe(self, may_differ: Collection[str]) -> None:
         if not self.recipe_file.is_file() or self._nothing_done():
@@ -111,9 +112,11 @@ class RunFolder:
             earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):
             raise RunError(f"{self.recipe_file}: not valid YAML; choose another folder, or delete this one") from None
-        if changed := [name for name in _differences(earlier, self._recipe) if name not in may_differ]:
+        allowed = tuple(may_differ)
+        differ = _differences(earlier, self._recipe)
+        if changed := [name for name in differ if not any(f"{name}.".startswith(f"{key}.") for key in allowed)]:
             raise RunError(
-                f"{self.path}: was made by another recipe ({', '.join(changed[:3])} differ); "
+                f"{self.path}: was made by another recipe (other {', '.join(changed[:3])}); "
                 "choose another folder, or delete this one"
             )
 
@@ -139,7 +142,7 @@ def writing_into(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         if "No space left" in str(error):
             raise _full(folder) from None
-        raise RunError(f"{folder}: weights cannot be written ({error})") from None
+        raise RunError(f"{folder}: weights cannot be written or read ({error})") from None
 
 
 def _full(folder: Path) -> RunError:
@@ -173,7 +176,7 @@ def writing_whole(file: Path, writer: int = 0) -> Iterator[IO[bytes]]:
 def provenance() -> dict[str, Any]:
     """Command, git revision, versions and machine."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "uni-x"), *sys.argv[1:]]),
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), **installed_versions()},
         "platform": platform.platform(),

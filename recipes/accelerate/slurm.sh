@@ -5,7 +5,7 @@
 #SBATCH --job-name=uni-x
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-task=16
 #SBATCH --signal=TERM@600
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -13,4 +13,4 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=16374
 export ACCELERATE_USE_DEEPSPEED=true
 export ACCELERATE_DEEPSPEED_CONFIG_FILE=recipes/accelerate/zero2.json
-srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec uni-x train "$@"' uni-x "$@"
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec uni-x train "$@"' uni-x "$@"

@@ -29,6 +29,8 @@ def make_recipe(encoded_folder, samples, image_tokenizer, tmp_path):
         for name, section in (sections or {}).items():
             merge = isinstance(section, dict) and isinstance(content.get(name), dict) and "base" not in section
             content[name] = content[name] | section if merge else section
+        if "base" in content["model"]:
+            del content["image_tokenizer"], content["text_tokenizer"]
         return TrainRecipe.model_validate(content)
 
     return make

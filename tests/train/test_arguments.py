@@ -21,7 +21,8 @@ def alone(monkeypatch: Any) -> None:
     ("stage", "sections", "message"),
     [
         (2, {"optimizer": {"name": "muon"}}, r"optimizer\.name: muon needs whole matrices"),
-        (3, {"lora": {}}, "lora: adapters cannot be merged under ZeRO"),
+        (3, {"lora": {}}, "lora: adapters cannot be merged under ZeRO-3"),
+        (3, {"drawings": {"prompts": ["a heart"]}}, "drawings: cannot be made under ZeRO-3"),
         (2, {"optimizer": {"state_from": "somewhere"}}, r"optimizer\.state_from: is for whole optimizers"),
     ],
 )
@@ -49,9 +50,11 @@ def test_what_launches_cannot_do(make_recipe: Any, monkeypatch: Any, variable: s
     ("trainer", "message"),
     [
         ({"max_stepz": 3}, r"trainer\.max_stepz: .* the nearest one is 'max_steps'"),
-        ({"output_dir": "x"}, r"trainer\.output_dir: the recipe settles this elsewhere"),
+        ({"output_dir": "x"}, r"trainer\.output_dir: run says where"),
         ({"eval_strategy": "steps"}, r"trainer\.eval_strategy: there is no held-out data"),
         ({"logging_steps": "many"}, r"trainer\.logging_steps: "),
+        ({"learning_rate": 1.0}, r"trainer\.learning_rate: optimizer\.learning_rate says it"),
+        ({"report_to": "nonsense"}, r"trainer\.report_to: nonsense is not installed, or is no reporter"),
         ({"max_steps": 0}, r"trainer\.max_steps: the data has no end"),
     ],
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from uni_x.errors import RunError
+from uni_x.errors import RecipeError
 from uni_x.train.run import train
 
 
@@ -37,7 +37,9 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(make_recipe: Any, tmp_path: Pa
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_checkpoint_that_lost_its_place_in_the_data_is_refused(make_recipe: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_place_in_the_data_does_not_count(
+    make_recipe: Any, tmp_path: Path, caplog: Any
+) -> None:
     def stop(done: int, total: int, losses: dict[str, float]) -> None:
         if done == 6:
             raise Killed
@@ -47,5 +49,12 @@ def test_a_checkpoint_that_lost_its_place_in_the_data_is_refused(make_recipe: An
     (position,) = (tmp_path / "run").glob("checkpoints/checkpoint-4/data_position_0.json")
     assert json.loads(position.read_text())["batches"] == 4
     position.write_text("{}")
-    with pytest.raises(RunError, match="does not say where every process stood in the data"):
-        train(make_recipe("run"))
+    assert len(train(make_recipe("run")).metrics) == 9
+    assert "checkpoint-4 is not whole, and is removed" in caplog.text
+
+
+def test_a_start_that_failed_leaves_the_folder_free(make_recipe: Any) -> None:
+    wrong = {"optimizer": {"vision_learning_rate": 1e-3}}
+    with pytest.raises(RecipeError, match="nothing in this plan is for image tokens alone"):
+        train(make_recipe("run", wrong))
+    assert train(make_recipe("run", max_grad_norm="1e-1", max_steps=2)).metrics

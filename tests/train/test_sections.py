@@ -1,5 +1,6 @@
 """What each section of a training recipe does, on a tiny model."""
 
+import errno
 import json
 import math
 import re
@@ -19,15 +20,18 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from uni_x.data import dataset, shards
 from uni_x.data.schema import Message, Sample
 from uni_x.data.shards import shard_to_bytes
 from uni_x.errors import RecipeError, RunError
-from uni_x.model_folder import load_model_folder
+from uni_x.model_folder import load_model_folder, save_model_folder
 from uni_x.recipe import TrainRecipe
 from uni_x.train.callbacks import read_metrics
+from uni_x.train.checkpoints import last_whole_checkpoint
 from uni_x.train.run import train
 from uni_x.train.start import make_start
 
@@ -122,7 +126,7 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
     assert changed(fresh) != changed(taken)
     state = torch.load(Path(taken.run) / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)
     assert {int(values["step"]) for values in state["state"].values()} == {10}
-    with pytest.raises(RecipeError, match="of another model, another optimizer"):
+    with pytest.raises(RecipeError, match="has no state of this kind for"):
         train(make_recipe("other", {"optimizer": {"state_from": first.run}, "model": {"num_hidden_layers": 3}}))
     with pytest.raises(RecipeError, match="has no checkpoint"):
         train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))
@@ -142,6 +146,75 @@ def test_a_loss_that_is_no_number_ends_the_run(make_recipe: Any) -> None:
     assert f"the weights before it are in {checkpoint}" in str(caught.value)
     assert load_model_folder(checkpoint).model.num_parameters() > 0
     assert len(read_metrics(Path(recipe.run) / "metrics.jsonl")) == step - 1
+
+
+def test_weights_that_are_no_numbers_take_no_checkpoints_place(make_recipe: Any) -> None:
+    recipe = make_recipe("run", {"optimizer": {"learning_rate": 1e38, "weight_decay": 10.0}}, save_steps=1)
+    with pytest.raises(RunError, match=r"step 1: weights are no longer numbers, .* none were saved before"):
+        train(recipe)
+    assert not list(Path(recipe.run).glob("checkpoints/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "error"),
+    [
+        ("_save", OSError(errno.EIO, "Input/output error")),
+        ("_save", SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")),
+        ("_save_optimizer_and_scheduler", RuntimeError("PytorchStreamWriter failed writing file data/3")),
+    ],
+)
+def test_a_checkpoint_is_tried_again_where_storage_fails(
+    make_recipe: Any, monkeypatch: Any, damaged: str, error: Exception
+) -> None:
+    save, failures = getattr(Trainer, damaged), [error]
+
+    def fail_once(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, damaged, fail_once)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    recipe = make_recipe("run", {"keep_checkpoint": True})
+    train(recipe)
+    assert not failures
+    checkpoint = last_whole_checkpoint(Path(recipe.run) / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 9
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "data_position_0.json"])
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_damaged_checkpoint_is_not_taken_for_whole(make_recipe: Any, file: str, damage: str) -> None:
+    def stop(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 8:
+            raise InterruptedError
+
+    recipe = make_recipe("run", save_steps=3, save_total_limit=2)
+    with pytest.raises(InterruptedError):
+        train(recipe, stop)
+    damaged = Path(recipe.run) / "checkpoints" / "checkpoint-6" / file
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:-3])
+    resumed = train(recipe)
+    assert "going on from checkpoint-3" in (Path(recipe.run) / "log.txt").read_text()
+    assert losses(resumed.metrics) == losses(train(make_recipe("whole", save_steps=3)).metrics)
+
+
+def test_a_run_whose_base_has_another_plan_now_is_not_gone_on_with(make_recipe: Any, tmp_path: Path) -> None:
+    def stop(done: int, total: int, losses: dict[str, float]) -> None:
+        if done == 6:
+            raise InterruptedError
+
+    for preset in ("uni-x", "mot"):
+        start = make_start(make_recipe("none", {"model": UNI_X if preset == "uni-x" else {"preset": "mot"}}))
+        save_model_folder(start, tmp_path / "base")
+        recipe = make_recipe("run", {"model": {"base": str(tmp_path / "base")}})
+        expected = InterruptedError if preset == "uni-x" else RunError
+        with pytest.raises(expected, match="" if preset == "uni-x" else "the plan of this run changed"):
+            train(recipe, stop)
 
 
 @pytest.mark.parametrize("what", ["data", "tokenizers"])
@@ -164,7 +237,7 @@ def test_a_run_on_other_ground_is_not_gone_on_with(
         image_tokenizer.save_pretrained(recipe.image_tokenizer)
     with pytest.raises(RunError, match=f"the {what} of this run changed since its last checkpoint"):
         train(recipe)
-    with pytest.raises(RunError, match=r"was made by another recipe \(model.preset differ"):
+    with pytest.raises(RunError, match=r"was made by another recipe \(other model.preset"):
         train(make_recipe("run", {"model": {"preset": "mot"}}))
 
 

@@ -9,21 +9,29 @@ from typing import Any, get_type_hints
 import torch
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 
 from uni_x import launch
 from uni_x.devices import choose_device
 from uni_x.errors import RecipeError
 from uni_x.recipe import TrainRecipe
 
+# arguments that a recipe does not set, and what does in their place
 OWN_ARGUMENTS = {
-    "output_dir",
-    "seed",
-    "data_seed",
-    "use_cpu",
-    "resume_from_checkpoint",
-    "remove_unused_columns",
-    "ignore_data_skip",
-    "save_only_model",
+    "output_dir": "run says where everything goes",
+    "seed": "it is the recipe's own seed",
+    "data_seed": "it is the recipe's own seed",
+    "use_cpu": "device says so",
+    "resume_from_checkpoint": "the same command goes on by itself",
+    "remove_unused_columns": "nothing is removed",
+    "ignore_data_skip": "the data goes on where it was",
+    "save_only_model": "checkpoints are whole; keep_checkpoint says whether the last one stays",
+    "learning_rate": "optimizer.learning_rate says it",
+    "weight_decay": "optimizer.weight_decay says it",
+    "adam_beta1": "optimizer.betas says it",
+    "adam_beta2": "optimizer.betas says it",
+    "label_smoothing_factor": "the loss is the model's own",
+    "push_to_hub": "the finished model is a folder, which `hf upload` takes",
 }
 
 
@@ -33,8 +41,10 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
     Raises:
         RecipeError: with the key that is wrong, or that the engine of this launch cannot do.
     """
-    if taken := OWN_ARGUMENTS & set(recipe.trainer):
-        raise RecipeError(f"trainer.{min(taken)}: the recipe settles this elsewhere; take the key out")
+    if taken := OWN_ARGUMENTS.keys() & set(recipe.trainer):
+        raise RecipeError(f"trainer.{min(taken)}: {OWN_ARGUMENTS[min(taken)]}; take the key out")
+    if recipe.optimizer.name == "muon" and "optim" in recipe.trainer:
+        raise RecipeError("trainer.optim: optimizer.name has chosen muon; take one of the two out")
     known = {field.name for field in fields(TrainingArguments)}
     for name in recipe.trainer:
         if name not in known:
@@ -67,14 +77,13 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # such losses end the run
         "run_name": Path(recipe.run).name,
         **_validation_arguments(recipe),
-        **recipe.trainer,
+        **_checked(recipe.trainer),
         "output_dir": str(Path(recipe.run) / "checkpoints"),
         "seed": recipe.seed,
         "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
         "ignore_data_skip": True,  # the stream itself goes on where it was
     }
-    _check_types(recipe.trainer)
     try:
         arguments = TrainingArguments(**settings)
         _try_schedule(arguments)
@@ -84,6 +93,9 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise RecipeError("trainer.max_steps: the data has no end, so training needs a number of steps")
     if arguments.eval_strategy != "no" and recipe.validation is None:
         raise RecipeError("trainer.eval_strategy: there is no held-out data; name some under validation")
+    missing = set(arguments.report_to or ()) - set(get_available_reporting_integrations())
+    if missing:
+        raise RecipeError(f"trainer.report_to: {min(missing)} is not installed, or is no reporter (extra: logging)")
     _check_engine(recipe, arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
     return arguments
@@ -111,28 +123,39 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
         raise RecipeError("sequences and matrices cannot be divided over processes here; docs/scaling.md says why")
     if sharded == "FSDP" and arguments.use_cpu:
         raise RecipeError("FSDP: accelerate has it for GPUs alone; on CPUs take DDP (ddp.yaml) or ZeRO-3 (zero3.yaml)")
-    if sharded == "FSDP" and recipe.drawings is not None:
-        raise RecipeError("drawings: cannot be made under FSDP, where no process has the whole model; take them out")
-    if recipe.lora is not None and (sharded == "FSDP" or (plugin is not None and plugin.zero_stage == 3)):
-        raise RecipeError(
-            f"lora: adapters cannot be merged under {sharded}, which takes weights apart; use DDP or ZeRO-2"
-        )
+    takes_weights_apart = sharded == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
+    engine = sharded if sharded == "FSDP" else "ZeRO-3"
+    if takes_weights_apart and recipe.drawings is not None:
+        raise RecipeError(f"drawings: cannot be made under {engine}, where no process has the whole model")
+    if takes_weights_apart and recipe.lora is not None:
+        raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
     if sharded is not None and recipe.optimizer.state_from is not None:
         raise RecipeError(f"optimizer.state_from: is for whole optimizers, {sharded} takes them apart; take it out")
 
 
-def _check_types(trainer: dict[str, Any]) -> None:
-    """Holds each argument against the type that transformers declares; counts are 1 or more."""
+def _checked(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in the types that transformers declares (YAML takes 1e-3 for a text); counts are 1 or more."""
     hints = get_type_hints(TrainingArguments)
+    checked = dict(trainer)
     for name, value in trainer.items():
         try:
-            TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            read = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            if isinstance(value, str) and float in getattr(hints[name], "__args__", (hints[name],)):
+                checked[name] = _number(read)
         except ValidationError as error:
             raise RecipeError(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r})") from None
         except PydanticUserError:
             continue
         if name in ("gradient_accumulation_steps", "per_device_train_batch_size") and value < 1:
             raise RecipeError(f"trainer.{name}: is 1 or more, not {value!r}")
+    return checked
+
+
+def _number(text: float | str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _try_schedule(arguments: TrainingArguments) -> None:

@@ -6,13 +6,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uni_x.generation.pipeline import UniXPipeline
@@ -27,9 +25,9 @@ SAME_REQUEST_SECONDS = 2  # a launcher passes on the Ctrl-C that its processes h
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM to any process, all finish the step, save a checkpoint and stop; a second one stops at once.
+    """On Ctrl-C or SIGTERM to any process, all finish the step, save a checkpoint and stop.
 
-    It has the signals while it is used as a context; set `trainer` before that.
+    A second Ctrl-C stops at once. It has the signals while it is used as a context; set `trainer` before that.
     """
 
     def __init__(self) -> None:
@@ -153,12 +151,10 @@ class Drawings(TrainerCallback):
         self.seed = seed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draws in the first process, with weights that every process helps to put together."""
-        if state.global_step % self.section.every and state.global_step != state.max_steps:
-            return
-        with whole_weights(self.folder.model):
-            if state.is_world_process_zero:
-                self._draw(self.out / f"step-{state.global_step:06}")
+        """Draws in the first process."""
+        is_due = not state.global_step % self.section.every or state.global_step == state.max_steps
+        if is_due and state.is_world_process_zero:
+            self._draw(self.out / f"step-{state.global_step:06}")
 
     def _draw(self, folder: Path) -> None:
         training = self.folder.model.training
@@ -170,19 +166,6 @@ class Drawings(TrainerCallback):
         for number, picture in enumerate(pictures, start=1):
             picture.save(folder / f"{number}.png")
         write_atomically(folder / "prompts.txt", "\n".join(self.section.prompts) + "\n")
-
-
-@contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Puts the weights together that ZeRO-3 has taken apart, in every process, to be looked at alone."""
-    apart = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not apart:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(apart):
-        yield
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -3,20 +3,25 @@
 import errno
 import json
 import logging
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import StreamPosition
 from uni_x.errors import RecipeError, RunError
+from uni_x.runs import write_atomically
 
 logger = logging.getLogger(__name__)
 
+SEAL_FILE = "files.json"
 POSITION_FILE = "data_position_{rank}.json"
 FLAKY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.EREMOTEIO}
 WAITS = (1.0, 5.0, 20.0)  # seconds before each new try to write
@@ -32,21 +37,59 @@ class Checkpoint:
 
 
 def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, None where there is none. What the Trainer writes last is its state."""
-    whole = []
-    for file in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-        try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue  # cut off while it was written
-        whole.append(Checkpoint(file.parent, state["global_step"], state["max_steps"]))
+    """The newest whole checkpoint, None where there is none."""
+    whole = filter(None, map(_read_checkpoint, folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")))
     return max(whole, key=lambda checkpoint: checkpoint.step, default=None)
 
 
+def _read_checkpoint(folder: Path) -> Checkpoint | None:
+    """A checkpoint that was written to its end and has been left alone since; None for any other."""
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # what the Trainer writes last
+        sizes = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return None
+        return Checkpoint(folder, state["global_step"], state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def seal(checkpoint: Path) -> None:
+    """Puts what is in a checkpoint safely on the disk, and notes the sizes, before the file that makes it count."""
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
+    write_atomically(checkpoint / SEAL_FILE, json.dumps(sizes))
+
+
+def retried(write: Callable[[], None], waits: tuple[float, ...] = WAITS) -> None:
+    """Calls `write` again, after a while, where storage fails in a way that may pass; a full disk is no such way."""
+    for wait in waits:
+        try:
+            return write()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _may_pass(error):
+                raise
+            logger.warning("a checkpoint could not be written (%s); trying again in %g s", error, wait)
+            time.sleep(wait)
+    return write()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error of Python, safetensors or torch's file writer is one of storage that fails for a moment."""
+    if isinstance(error, OSError):
+        return error.errno in FLAKY
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) in FLAKY if told else "PytorchStreamWriter" in str(error)
+
+
 def remove_halves(folder: Path) -> int:
-    """Removes checkpoints that were not written to their end; returns the bytes of what stays."""
+    """Removes checkpoints that are not whole; returns the bytes of what stays."""
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        if _read_checkpoint(checkpoint) is None:
+            logger.warning("%s is not whole, and is removed", checkpoint)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -66,33 +109,18 @@ def optimizer_file(run: str) -> Path:
     return file
 
 
-def retried(write: Callable[[], None], waits: tuple[float, ...] = WAITS) -> None:
-    """Calls `write` again, after a while, where storage fails in a way that may pass; a full disk is no such way."""
-    for wait in waits:
-        try:
-            return write()
-        except OSError as error:
-            if error.errno not in FLAKY:
-                raise
-            logger.warning("a checkpoint could not be written (%s); trying again in %g s", error.strerror, wait)
-            time.sleep(wait)
-    return write()
-
-
 @dataclass(frozen=True)
 class Standing:
     """Where the processes of a run stood when a checkpoint was written.
 
     Attributes:
         positions: of each process in the data.
-        data: fingerprint of the stream in which they are positions.
-        tokenizers: fingerprint of what ids mean.
+        ground: fingerprints of what a run cannot go on without: `data`, `tokenizers` and `plan`.
         tokens_seen: text and image tokens that all processes together had trained on.
     """
 
     positions: list[StreamPosition]
-    data: str
-    tokenizers: str
+    ground: dict[str, str]
     tokens_seen: tuple[int, int]
 
 
@@ -101,8 +129,7 @@ def write_standing(checkpoint: Path, rank: int, processes: int, standing: Standi
     (position,) = standing.positions
     content = {
         "processes": processes,
-        "data": standing.data,
-        "tokenizers": standing.tokenizers,
+        "ground": standing.ground,
         "tokens_seen": standing.tokens_seen,
         **position.to_json(),
     }
@@ -121,7 +148,7 @@ def read_standing(checkpoint: Path) -> Standing:
             contents.append(json.loads((checkpoint / POSITION_FILE.format(rank=rank)).read_text()))
         text, image = (sum(content["tokens_seen"][kind] for content in contents) for kind in (0, 1))
         positions = [StreamPosition.from_json(content) for content in contents]
-        return Standing(positions, contents[0]["data"], contents[0]["tokenizers"], (text, image))
+        return Standing(positions, contents[0]["ground"], (text, image))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise RunError(
             f"{checkpoint}: does not say where every process stood in the data; delete it to go on from an earlier one"

@@ -1,9 +1,14 @@
 """What goes wrong while a run is under way, told in one line."""
 
+import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from uni_x.errors import DataError, ProcessError, RunError
+from uni_x.errors import DataError, ProcessError, RecipeError, RunError, UniXError
+
+logger = logging.getLogger(__name__)
 
 # what gloo and NCCL say where the process at the other end is gone
 CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Socket Timeout")
@@ -11,7 +16,18 @@ CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "remote proc
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turns what loader workers raise, or that one is gone, and that another process is gone, into errors of ours."""
+    """Turns what goes wrong on the way into errors of ours, and notes them in the log."""
+    try:
+        with _translated():
+            yield
+    except UniXError as error:
+        logger.error("%s", error)
+        raise
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What loader workers raise, or that one is gone, and that another process is gone."""
     try:
         yield
     except DataError as error:
@@ -19,16 +35,26 @@ def told_in_one_line() -> Iterator[None]:
         if message.startswith("Caught "):  # torch puts a worker's traceback in front
             message = message.rstrip().splitlines()[-1].partition(": ")[2]
         raise ProcessError(message) from None
-    except (ConnectionError, EOFError):  # while a batch was handed over
+    except (ConnectionError, EOFError) as error:
+        if not _comes_from_the_loader(error):
+            raise
         raise _worker_died() from None
+    except ImportError as error:
+        raise RecipeError(f"trainer: {' '.join(str(error).split())}") from None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _worker_died() from None
         if any(words in str(error) for words in CUT_OFF):
             raise RunError(
-                "another process has ended, and says why; run the same command again to go on from the last checkpoint"
+                "another process has ended; if none says why, it was killed, most likely because memory ran out. Run "
+                "the same command again to go on from the last checkpoint"
             ) from None
         raise
+
+
+def _comes_from_the_loader(error: Exception) -> bool:
+    """Whether an error was raised while a worker handed over a batch."""
+    return any(Path(frame.filename).name == "dataloader.py" for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _worker_died() -> ProcessError:

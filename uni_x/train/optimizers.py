@@ -122,26 +122,37 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x if wide else x.mT
 
 
+def name_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Notes in each group the names of its parameters, which its state on disk is found by again."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+
+
 def take_over_state(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Gives a new optimizer the state of an earlier one for the same parameters; its own settings stay.
+    """Gives a new optimizer the state of an earlier one for parameters of the same names; its own settings stay.
 
     Raises:
         RecipeError: for a state of other parameters, or a file that is none.
     """
     try:
-        state = torch.load(file, weights_only=True, map_location="cpu")["state"]
-    except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError):
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+        numbers = {
+            name: number
+            for group in saved["param_groups"]
+            for name, number in zip(group["param_names"], group["params"], strict=True)
+        }
+        states = {name: saved["state"][number] for name, number in numbers.items()}
+    except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError):
         raise RecipeError(f"optimizer.state_from: {file} holds no state of an optimizer") from None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shapes = {
-        number: [value.shape for value in values.values() if isinstance(value, torch.Tensor) and value.ndim]
-        for number, values in state.items()
-    }
-    if set(shapes) != set(range(len(parameters))) or any(
-        shape != parameters[number].shape for number, found in shapes.items() for shape in found
-    ):
-        raise RecipeError(f"optimizer.state_from: {file} is of another model, another optimizer or other `trainable`")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    taken = optimizer.state_dict()
+    for ours, group in zip(optimizer.param_groups, taken["param_groups"], strict=True):
+        for name, number, parameter in zip(group["param_names"], group["params"], ours["params"], strict=True):
+            moments = [m for m in states.get(name, {}).values() if isinstance(m, torch.Tensor) and m.ndim]
+            if not moments or any(moment.shape != parameter.shape for moment in moments):
+                raise RecipeError(f"optimizer.state_from: {file} has no state of this kind for {name}")
+            taken["state"][number] = states[name]
+    optimizer.load_state_dict(taken)
 
 
 def gradients_by_modality(model: nn.Module) -> dict[str, list[torch.Tensor]]:

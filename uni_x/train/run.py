@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
-from uni_x.data.dataset import TrainingStream
 from uni_x.data.text_tokenizer import check_vocab_size
 from uni_x.devices import keep_freed_memory
 from uni_x.errors import RunError
 from uni_x.model.plan import build_plan, plan_from_dicts
-from uni_x.model.size import measure_size
 from uni_x.model_folder import save_model_folder, save_tokenizers
 from uni_x.recipe import TrainRecipe
 from uni_x.runs import RunFolder, writing_into
@@ -27,10 +27,10 @@ from uni_x.train.batches import (
 )
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
-from uni_x.train.checkpoints import Standing, last_whole_checkpoint, optimizer_file, read_standing, remove_halves
+from uni_x.train.checkpoints import last_whole_checkpoint, optimizer_file, read_standing, remove_halves
 from uni_x.train.failures import told_in_one_line
 from uni_x.train.reporters import settle_reporters
-from uni_x.train.start import check_heads, make_start, tokenizers_fingerprint
+from uni_x.train.start import check_heads, make_start, plan_fingerprint, tokenizers_fingerprint
 from uni_x.train.trainable import add_adapters, freeze, merged
 from uni_x.train.trainer import UniXTrainer
 from uni_x.train.universal import fit_to_launch
@@ -39,10 +39,12 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
-CHECKPOINT_COPIES = 8  # weights, two optimizer moments and gradients, twice while a checkpoint replaces another
 LOGS_BYTES = 20 * 2**20
 MAY_DIFFER = {  # when a run goes on
+    "run",
     "device",
+    "drawings",
+    "validation",
     "keep_checkpoint",
     "tags",
     *(
@@ -108,6 +110,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         return _finish(run, recipe, arguments, already_done=True)
 
     keep_freed_memory()
+    disable_progress_bar()  # of the files of a saved model
     set_seed(recipe.seed)
     start = make_start(recipe, arguments)
     renderer = make_renderer(recipe, start)
@@ -115,26 +118,30 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     standing = None if checkpoint is None else read_standing(checkpoint.path)
     stream = make_stream(recipe, arguments, renderer, standing)
-    tokenizers = tokenizers_fingerprint(start)
+    ground = {
+        "data": stream.fingerprint,
+        "tokenizers": tokenizers_fingerprint(start),
+        "plan": plan_fingerprint(start.model),
+    }
     if checkpoint is not None and standing is not None:
-        _refuse_other_ground(recipe, stream, tokenizers, standing)
+        _refuse_other_ground(recipe, ground, standing.ground)
         fit_to_launch(checkpoint, arguments)
+    freeze(start.model, recipe.trainable)
+    model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
     held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
     if arguments.process_index == 0:
         checkpoints = run.path / "checkpoints"
-        needs = CHECKPOINT_COPIES * 4 * measure_size(start.model.config).total + LOGS_BYTES
+        needs = _checkpoint_bytes(model) + LOGS_BYTES
         run.begin(needs_bytes=max(0, needs - remove_halves(checkpoints)))
         save_tokenizers(start, checkpoints)
         tell_what_is_left_out(stream)
     settle_reporters(arguments, run.path, recipe.tags)
-    freeze(start.model, recipe.trainable)
-    model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
     stop = StopOnSignal()
     metrics = Metrics(run.path / "metrics.jsonl", progress)
     trainer = UniXTrainer(
         optimizer_section=recipe.optimizer,
         stream=stream,
-        tokenizers=tokenizers,
+        ground=ground,
         folders=[Path(source.path).name for source in recipe.data.sources],
         held_out=held_out,
         tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
@@ -175,14 +182,20 @@ def _finish(run: RunFolder, recipe: TrainRecipe, arguments: TrainingArguments, a
     return Trained(run.path / "model", metrics, already_done)
 
 
-def _refuse_other_ground(recipe: TrainRecipe, stream: TrainingStream, tokenizers: str, standing: Standing) -> None:
+def _refuse_other_ground(recipe: TrainRecipe, now: dict[str, str], then: dict[str, str]) -> None:
     """Raises `RunError` where what a checkpoint was trained on is not what there is now."""
-    for what, then, now in (
-        ("data", standing.data, stream.fingerprint),
-        ("tokenizers", standing.tokenizers, tokenizers),
-    ):
-        if then != now:
-            raise RunError(
-                f"{recipe.run}: the {what} of this run changed since its last checkpoint was written; put them back "
-                "as they were, or begin a new run (run=…)"
-            )
+    if changed := [what for what in now if now[what] != then.get(what)]:
+        raise RunError(
+            f"{recipe.run}: the {changed[0]} of this run changed since its last checkpoint was written; put back what "
+            "was there, or begin a new run (run=…)"
+        )
+
+
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """What two checkpoints take, of which one replaces the other, and the finished model."""
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
+    ]
+    whole = sum(size for _, size in sizes)
+    trained = sum(size for is_trained, size in sizes if is_trained)
+    return 4 * (3 * whole + 2 * 2 * trained)

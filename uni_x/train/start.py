@@ -19,6 +19,7 @@ from uni_x.data.text_tokenizer import settle_special_tokens, special_ids, train_
 from uni_x.errors import ConfigError, DataError, RecipeError, RunError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
+from uni_x.model.plan import plan_to_dicts
 from uni_x.model_folder import ModelFolder, load_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
 
@@ -70,6 +71,12 @@ def tokenizers_fingerprint(folder: ModelFolder) -> str:
     entries = sorted(folder.text_tokenizer.get_vocab().items())
     of_images = tokenizer_fingerprint(folder.image_tokenizer)
     return hashlib.sha256(json.dumps([entries, of_images]).encode()).hexdigest()
+
+
+def plan_fingerprint(model: UniXForCausalLM) -> str:
+    """A digest of the plan and of the sizes of the parameters."""
+    shapes = [(name, list(getattr(weight, "ds_shape", weight.shape))) for name, weight in model.named_parameters()]
+    return hashlib.sha256(json.dumps([plan_to_dicts(model.config.layer_specs), shapes]).encode()).hexdigest()
 
 
 def check_heads(section: ModelSection) -> None:

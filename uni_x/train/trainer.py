@@ -13,9 +13,10 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
-from uni_x.errors import ProcessError, RunError
+from uni_x.errors import ProcessError, RecipeError, RunError
 from uni_x.recipe import OptimizerSection
 from uni_x.train.checkpoints import (
     Checkpoint,
@@ -23,9 +24,10 @@ from uni_x.train.checkpoints import (
     last_whole_checkpoint,
     optimizer_file,
     retried,
+    seal,
     write_standing,
 )
-from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, take_over_state
+from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, name_parameters, take_over_state
 from uni_x.train.telemetry import LOSSES, Telemetry
 from uni_x.train.universal import loads_universal, mend_loaded
 
@@ -40,7 +42,7 @@ class UniXTrainer(Trainer):
     Args:
         optimizer_section: which optimizer to make.
         stream: this process's data.
-        tokenizers: fingerprint of what its ids mean, for the checkpoints.
+        ground: what checkpoints note of data, tokenizers and plan; see `Standing`.
         folders: names of the mixed folders, for the log.
         held_out: batches to validate on, the same in every process; each takes its share of them.
         tokens_seen: text and image tokens that all processes together had trained on before.
@@ -51,7 +53,7 @@ class UniXTrainer(Trainer):
         self,
         optimizer_section: OptimizerSection,
         stream: TrainingStream,
-        tokenizers: str,
+        ground: dict[str, str],
         folders: Sequence[str],
         held_out: Sequence[Batch] = (),
         tokens_seen: tuple[int, int] = (0, 0),
@@ -62,7 +64,7 @@ class UniXTrainer(Trainer):
         self.stop_agreed = False  # by all processes, so that they stop at the same step
         super().__init__(train_dataset=stream, eval_dataset=held_out or None, **kwargs)
         self._stream = stream
-        self._tokenizers = tokenizers
+        self._ground = ground
         self._position = self._position_before = stream.position
         self._finished: Path | None = None  # a checkpoint of the last step, where there is nothing left to do
         self._grad_norms: dict[str, float] = {}
@@ -101,6 +103,10 @@ class UniXTrainer(Trainer):
         if self._finished is None:
             return self.accelerator.get_state_dict(self.model_wrapped)
         files = sorted(self._finished.glob("*.safetensors"))
+        if not files:
+            raise RunError(f"{self._finished}: has no whole weights; fsdp_state_dict_type must be FULL_STATE_DICT")
+        if self.args.process_index:
+            return {}
         return {name: weight for file in files for name, weight in load_file(file).items()}
 
     @property
@@ -126,6 +132,7 @@ class UniXTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if section.vision_learning_rate is not None:
             _split_off_images(optimizer, nn_model, section.vision_learning_rate / section.learning_rate)
+        name_parameters(optimizer, nn_model)
         if section.state_from is not None:
             take_over_state(optimizer, optimizer_file(section.state_from))
         self._group_settings = [
@@ -181,21 +188,40 @@ class UniXTrainer(Trainer):
     def _stop_for_an_odd_loss(self, loss: float, notes: BatchNotes | None) -> None:
         """Saves what was there before this step, whose gradients are not used, and says where the loss came from."""
         self._position = self._position_before
-        folder = Path(str(self.args.output_dir))
-        saved = last_whole_checkpoint(folder)
-        if saved is None or saved.step < self.state.global_step:
+        step = self.state.global_step
+        path = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self._agree_on_checkpoint(path):
+            self.args.save_total_limit = None  # those before it may be the better ones
             self._save_checkpoint(self.model_wrapped, trial=None)
-            saved = last_whole_checkpoint(folder)
         if notes is None:
-            raise RunError(f"step {self.state.global_step + 1}: another process had a loss that is not a number")
+            raise RunError(f"step {step + 1}: another process had a loss that is not a number, and says more")
         ids = [name for row in notes.sample_ids for name in row]
         more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
         raise ProcessError(
-            f"step {self.state.global_step + 1}: the loss is {loss}, in a batch of the samples "
-            f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {saved and saved.path}. Look "
-            "at these samples, or begin a new run from there with a lower learning rate (optimizer.learning_rate) or "
-            "smaller gradients (trainer.max_grad_norm)"
+            f"step {step + 1}: the loss is {loss}, in a batch of the samples "
+            f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {path}, and older ones "
+            "beside it where there were some. Look at these samples, or begin a new run from there (model.base) with a lower "
+            "learning rate (optimizer.learning_rate) or smaller gradients (trainer.max_grad_norm)"
         )
+
+    def _agree_on_checkpoint(self, path: Path) -> bool:
+        """Whether a checkpoint is still to be written, as the first process sees it."""
+        saved = last_whole_checkpoint(path.parent)
+        is_missing = self.args.process_index == 0 and (saved is None or saved.path != path)
+        return bool(self._sum(torch.tensor([float(is_missing)], device=self.args.device)).item())
+
+    def _refuse_odd_weights(self) -> None:
+        """Raises `RunError` in every process where weights are not numbers: no checkpoint must go for these."""
+        parts = (getattr(weight, "ds_tensor", weight).detach() for weight in self.bare_model.parameters())
+        odd = sum(float(not torch.isfinite(part).all()) for part in parts)
+        if self._sum(torch.tensor([odd], device=self.args.device)).item():
+            saved = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            raise RunError(
+                f"step {self.state.global_step}: weights are no longer numbers, after gradients that were too large; "
+                f"{f'the last good ones are in {saved.path}' if saved else 'none were saved before'}. Begin a new run "
+                "from there with a lower learning rate (optimizer.learning_rate) or smaller gradients "
+                "(trainer.max_grad_norm)"
+            )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As transformers' does, and notes the norms of what text and images have of their own, before clipping.
@@ -264,34 +290,37 @@ class UniXTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers' does; tried again where storage fails for a moment, unless other processes wait inside."""
-        save = partial(super()._save_checkpoint, model, trial)
+        """As transformers' does, unless weights are not numbers; its parts are tried again where storage fails."""
+        self._refuse_odd_weights()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        retried(lambda: super(UniXTrainer, self)._save(output_dir, state_dict))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save = partial(super()._save_optimizer_and_scheduler, output_dir)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            save()
+            save()  # the processes wait for each other on the way
         else:
             retried(save)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Writes where this process stands beside its random state, and waits for all others to have done so.
-
-        What comes after this is the file that makes a checkpoint count as whole.
-        """
-        super()._save_rng_state(output_dir)
+        """Writes where this process stands beside its random state, and seals the checkpoint once all have done so."""
+        retried(lambda: super(UniXTrainer, self)._save_rng_state(output_dir))
         seen = (self._tokens_seen[0], self._tokens_seen[1])
-        standing = Standing([self._position], self._stream.fingerprint, self._tokenizers, seen)
-        write_standing(Path(output_dir), self.args.process_index, self.args.world_size, standing)
-        self._wait_once(output_dir)
-
-    def _wait_once(self, checkpoint: str) -> None:
-        """Waits for the other processes, not again where writing the same checkpoint is tried again."""
-        if getattr(self, "_waited_for", None) != checkpoint:
-            self.accelerator.wait_for_everyone()
-            self._waited_for = checkpoint
+        standing = Standing([self._position], self._ground, seen)
+        rank, processes = self.args.process_index, self.args.world_size
+        retried(lambda: write_standing(Path(output_dir), rank, processes, standing))
+        self.accelerator.wait_for_everyone()
+        if rank == 0:
+            retried(lambda: seal(Path(output_dir)))
 
 
 def _split_off_images(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
     """Gives the parameters that images have of their own groups of their own, with `factor` times the learning rate."""
     own = {parameter for name, parameter in model.named_parameters() if is_of_images(name)}
+    if not own:
+        raise RecipeError("optimizer.vision_learning_rate: nothing in this plan is for image tokens alone; take it out")
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
