@@ -148,7 +148,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
 
     code, _, err = uni_x(*train, "model.hidden_size=64")
     assert code == 1
-    assert "was made by another recipe (model.hidden_size differ)" in err
+    assert "was made by another recipe (other model.hidden_size)" in err
     code, _, err = uni_x(*encode[:-1], data, "--limit", "3")
     assert code == 1
     assert "made with another source" in err
@@ -391,7 +391,7 @@ def test_a_folder_that_only_holds_a_recipe_is_free(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("seed: 7")
     RunFolder(tmp_path, {"seed": 8}).begin()
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(RunError, match=r"was made by another recipe \(seed differ\)"):
+    with pytest.raises(RunError, match=r"was made by another recipe \(other seed\)"):
         RunFolder(tmp_path, {"seed": 9})
     (tmp_path / "recipe.yaml").write_text("{")
     with pytest.raises(RunError, match="not valid YAML"):

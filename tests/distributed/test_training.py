@@ -164,3 +164,16 @@ def test_two_processes_stop_together_and_tell_once(recipe: Path) -> None:
     lines = [line for line in odd.stderr.splitlines() if "the loss is" in line]
     assert lines, odd.stderr[-3000:]
     assert all(line.startswith("error") and "in a batch of the samples" in line for line in lines)
+
+
+def test_accelerate_launches_by_the_configurations_that_come_along(recipe: Path) -> None:
+    pytest.importorskip("deepspeed")
+    root = Path(__file__).parents[2]
+    config = ["--config_file", "recipes/accelerate/zero3.yaml", "--num_processes", "2"]
+    words = ["-m", "uni_x", "train", str(recipe), f"run={recipe.parent / 'run'}", "trainer.max_steps=3"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((recipe.parent / "run" / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["final"]["step"] == 3

@@ -90,7 +90,7 @@ def test_another_recipe_is_refused(finished: Path) -> None:
     process = start(finished, "seed=1")
     _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
-    assert "was made by another recipe (seed differ)" in errors
+    assert "was made by another recipe (other seed)" in errors
 
 
 def test_a_run_killed_and_stopped_ends_with_the_same_model(finished: Path, tmp_path: Path) -> None:

@@ -200,8 +200,8 @@ class UniXTrainer(Trainer):
         raise ProcessError(
             f"step {step + 1}: the loss is {loss}, in a batch of the samples "
             f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {path}, and older ones "
-            "beside it where there were some. Look at these samples, or begin a new run from there (model.base) with a lower "
-            "learning rate (optimizer.learning_rate) or smaller gradients (trainer.max_grad_norm)"
+            "beside it where there were some. Look at these samples, or begin a new run from there (model.base) with a "
+            "lower learning rate (optimizer.learning_rate) or smaller gradients (trainer.max_grad_norm)"
         )
 
     def _agree_on_checkpoint(self, path: Path) -> bool:
