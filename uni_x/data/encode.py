@@ -28,7 +28,7 @@ from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import ProcessError, RunError
-from uni_x.runs import write_atomically, writing_into
+from uni_x.runs import remove_leftovers, write_atomically, writing_into
 
 if TYPE_CHECKING:
     import torch
@@ -112,12 +112,12 @@ def encode(
         "shard_size": shard_size,
         "filters": asdict(filters),
     }
-    finished = _open_folder(out_dir, manifest, share.rank)
+    finished = _open_folder(out_dir, manifest)
     if finished is not None:
         return finished
     folder = _Folder(out_dir, parts, shard_size)
     own = _Encoder(folder, tokenizer, filters, batch_size, progress or (lambda summary: None)).run(share)
-    return folder.finish(manifest, share.rank) or own
+    return folder.finish(manifest) or own
 
 
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
@@ -142,17 +142,18 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _open_folder(out_dir: Path, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
+def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | None:
     """Starts the folder, or checks that it was started alike; gives the summary where it is finished."""
     path = out_dir / MANIFEST
-    if not path.exists():
-        # another process may have begun in this very moment
-        if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
-            raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
-        with writing_into(out_dir):
+    with writing_into(out_dir):
+        remove_leftovers(out_dir)
+        if not path.exists():
+            # another process may have begun in this very moment
+            if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
+                raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
             out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {**manifest, "finished": False}, rank)
-        return None
+            _write_json(path, {**manifest, "finished": False})
+            return None
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
@@ -222,22 +223,38 @@ class _Folder:
     def chunk(self, part: int, number: int) -> _Chunk:
         return _Chunk(part, number, self.path / f"part-{part:05d}-{number:05d}.parquet")
 
-    def finish(self, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
+    def finish(self, manifest: dict[str, Any]) -> EncodeSummary | None:
         """Writes rejects and manifest, where every shard is there; None where one is missing."""
-        total, rejects = EncodeSummary(), []
+        total = EncodeSummary()
+
+        def rejects() -> Iterator[dict[str, Any]]:
+            nonlocal total
+            for record in self._records():
+                total += record.summary
+                yield from record.rejects
+
+        try:
+            write_rejects(self.path, rejects())
+        except _ShardMissingError:
+            return None
+        counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
+        _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts})
+        return replace(total, finished=True)
+
+    def _records(self) -> Iterator[_ShardRecord]:
+        """What every shard tells, in their order. Raises `_ShardMissingError` at the first that is not there."""
         for part in range(len(self.parts)):
             for number in itertools.count():
                 record = read_record(self.chunk(part, number).path)
                 if record is None:
-                    return None
-                total += record.summary
-                rejects += record.rejects
+                    raise _ShardMissingError
+                yield record
                 if record.last:
                     break
-        write_rejects(self.path, rejects, rank)
-        counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
-        _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts}, rank)
-        return replace(total, finished=True)
+
+
+class _ShardMissingError(Exception):
+    """Other processes are still at work."""
 
 
 def read_record(path: Path) -> _ShardRecord | None:
@@ -386,5 +403,5 @@ def _to_grid(codes: np.ndarray, picture: Pixels) -> CodeGrid:
     return CodeGrid(codes.reshape(-1), height, width, picture.height, picture.width)
 
 
-def _write_json(path: Path, content: dict[str, Any], rank: int) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), rank)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
