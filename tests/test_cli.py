@@ -68,6 +68,32 @@ def test_encoding_nothing_fails_each_time(uni_x: RunCommand, tmp_path: Path, mon
         assert (said in err) == (code == 1)
 
 
+def test_each_process_tells_what_it_has_done(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (texts := tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (texts / f"{name}.jsonl").write_text('{"text": "Hearts are red."}\n')
+    encode = ["encode", texts, "--image-tokenizer", "scenes", "--out", out := tmp_path / "out"]
+    own = f"1 read = 1 written + 0 rejected, in {out}; not finished: the other processes have the rest"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (
+        ("0", f"process 0 of 2: {own}\n"),
+        ("1", f"2 read = 2 written + 0 rejected, in {out}\n"),
+        ("1", f"process 1 of 2: {out} is finished already\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        code, said, _ = uni_x(*encode)
+        assert (code, said) == (0, expected)
+    for rank, expected in (
+        ("x", "error: RANK=x: not a whole number from 0 on; mend or unset this variable\n"),
+        ("-1", "error: RANK=-1: not a whole number from 0 on; mend or unset this variable\n"),
+        ("2", "error: RANK=2: processes count from 0, and by WORLD_SIZE there are 2; set both\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert uni_x(*encode) == (2, "", expected)
+
+
 def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pictures: Path, tmp_path: Path) -> None:
     recipes = Path(__file__).parents[1] / "recipes"
     tokenizer, data, run = tmp_path / "tokenizer", tmp_path / "data", tmp_path / "run"

@@ -86,8 +86,20 @@ def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
         raise ProcessError(
             f"{source}: none of its {summary.read} rows can be used: {reasons}; mend them, delete {out}, run again"
         )
-    counts = f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}"
+    counts = _describe_counts(out, summary)
     return f"{counts}\nRejected: {reasons}" if reasons else counts
+
+
+def describe_share(out: Path, summary: EncodeSummary) -> str:
+    """What one of several processes has done, in a line."""
+    process = f"process {launch.rank()} of {launch.processes()}"
+    if summary.already_done:
+        return f"{process}: {out} is finished already"
+    return f"{process}: {_describe_counts(out, summary)}; not finished: the other processes have the rest"
+
+
+def _describe_counts(out: Path, summary: EncodeSummary) -> str:
+    return f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}"
 
 
 def launched_share() -> Share:
