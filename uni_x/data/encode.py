@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from uni_x.data.inventory import Inventory
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
@@ -81,6 +83,7 @@ def encode(
     out_dir: str | Path,
     *,
     source: str,
+    inventory: Inventory | None = None,
     shard_size: int = 1000,
     batch_size: int | None = None,
     filters: Filters | None = None,
@@ -94,6 +97,7 @@ def encode(
         tokenizer: encodes the pictures.
         out_dir: the folder, which all processes share.
         source: says in words where the rows come from, and changes when they would.
+        inventory: of the source's files; None where it has none that could change.
         shard_size: rows of a shard, rejects included.
         batch_size: pictures a call of the tokenizer; None for as many as its memory allows.
         filters: which pictures are rejected.
@@ -101,7 +105,7 @@ def encode(
         progress: called with this process's totals so far after each batch and each shard that was there already.
 
     On finished work it returns at once. Raises `RunError` where the folder was made with another tokenizer, source,
-    filter or shard size, where the source's rows have changed since, and where the disk is full.
+    filter or shard size, where the source's files or rows have changed since, and where the folder cannot be written.
     """
     out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
@@ -112,6 +116,8 @@ def encode(
         "shard_size": shard_size,
         "filters": asdict(filters),
     }
+    if inventory is not None:
+        manifest["inventory"] = asdict(inventory)
     finished = _open_folder(out_dir, manifest)
     if finished is not None:
         return finished
@@ -157,18 +163,27 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
-    for key, value in manifest.items():
-        if found.get(key) != value:
-            raise RunError(
-                f"{out_dir}: made with another {key.replace('_', ' ')} ({_shorten(found.get(key))}, now "
-                f"{_shorten(value)}); choose another folder, or delete this one to encode again"
-            )
+    _check_made_alike(out_dir, found, manifest)
     return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
 
-def _shorten(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"
+def _check_made_alike(out_dir: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raises `RunError` where an earlier run, by the manifest that was found, would have made something else."""
+    mend = "choose another folder, or delete this one to encode again"
+    for key, value in manifest.items():
+        if key != "inventory" and not _is_alike(key, found.get(key), value):
+            was, now = (str(each)[:12] if key == "tokenizer" else each for each in (found.get(key), value))
+            raise RunError(f"{out_dir}: made with another {key.replace('_', ' ')} ({was}, now {now}); {mend}")
+    if "inventory" in found and "inventory" in manifest:  # manifests of earlier versions have none
+        now, then = Inventory(**manifest["inventory"]), Inventory(**found["inventory"])
+        if changed := now.changed_since(then):
+            raise RunError(f"{out_dir}: {manifest['source']} has changed since it was encoded ({changed}); {mend}")
+
+
+def _is_alike(key: str, earlier: object, now: object) -> bool:
+    if key == "source" and isinstance(earlier, str):
+        return now in (earlier, os.path.realpath(earlier))  # earlier versions kept paths as they were typed
+    return earlier == now
 
 
 @dataclass(frozen=True)
