@@ -1,6 +1,7 @@
 """The command line as a user meets it. Most calls run in this process, since each new one imports for seconds."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,84 @@ def test_encoding_nothing_fails_each_time(uni_x: RunCommand, tmp_path: Path, mon
         code, _, err = uni_x(*encode)
         assert code == expected, err
         assert (said in err) == (code == 1)
+
+
+def test_each_process_tells_what_it_has_done(
+    uni_x: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (texts := tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (texts / f"{name}.jsonl").write_text('{"text": "Hearts are red."}\n')
+    encode = ["encode", texts, "--image-tokenizer", "scenes", "--out", out := tmp_path / "out"]
+    own = f"1 read = 1 written + 0 rejected, in {out}; not finished: the other processes have the rest"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (
+        ("0", f"process 0 of 2: {own}\n"),
+        ("1", f"2 read = 2 written + 0 rejected, in {out}\n"),
+        ("1", f"process 1 of 2: {out} is finished already\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        code, said, _ = uni_x(*encode)
+        assert (code, said) == (0, expected)
+    for rank, expected in (
+        ("x", "error: RANK=x: not a whole number from 0 on; mend or unset this variable\n"),
+        ("-1", "error: RANK=-1: not a whole number from 0 on; mend or unset this variable\n"),
+        ("2", "error: RANK=2: processes count from 0, and by WORLD_SIZE there are 2; set both\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert uni_x(*encode) == (2, "", expected)
+
+
+def test_encoding_again_sees_whether_the_source_is_the_same(
+    uni_x: RunCommand, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pictures / "encoded"
+    tokenizer = ("--image-tokenizer", "scenes")
+    monkeypatch.chdir(tmp_path)
+    assert uni_x("encode", "pictures", *tokenizer, "--out", out)[0] == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(
+        json.dumps({key: value for key, value in manifest.items() if key != "inventory"} | {"source": "pictures"})
+    )
+    code, said, _ = uni_x("encode", "pictures", *tokenizer, "--out", out)  # as earlier versions left it
+    assert (code, "finished already" in said) == (0, True)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    code, said, _ = uni_x("encode", pictures, *tokenizer, "--out", out)
+    assert (code, "finished already" in said) == (0, True)
+
+    (other := tmp_path / "other" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(other / "a.png")
+    monkeypatch.chdir(tmp_path / "other")
+    code, _, err = uni_x("encode", "pictures", *tokenizer, "--out", out)
+    mend = "choose another folder, or delete this one to encode again"
+    assert (code, err) == (1, f"error: {out}: made with another source ({pictures}, now {other}); {mend}\n")
+
+    caption = pictures / "00.txt"
+    before = caption.stat()
+    caption.write_text(caption.read_text().upper())
+    changed = f"error: {out}: {pictures} has changed since it was encoded"
+    code, _, err = uni_x("encode", pictures, *tokenizer, "--out", out)
+    assert (code, err) == (1, f"{changed} (files were renamed or written again); {mend}\n")
+    os.utime(caption, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert uni_x("encode", pictures, *tokenizer, "--out", out)[0] == 0
+    Image.new("RGB", (32, 32)).save(pictures / "new.png")
+    code, _, err = uni_x("encode", pictures, *tokenizer, "--out", out)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"{changed} (51 files of "), err
+    assert " then, 52 files of " in err
+
+
+def test_encoding_again_sees_whether_files_of_rows_are_the_same(uni_x: RunCommand, tmp_path: Path) -> None:
+    (texts := tmp_path / "texts").mkdir()
+    row = '{"text": "Hearts are red."}\n'
+    (texts / "a.jsonl").write_text(row)
+    encode = ["encode", texts, "--image-tokenizer", "scenes", "--out", tmp_path / "out"]
+    assert uni_x(*encode)[0] == 0
+    (texts / "notes.md").write_text("of no matter")
+    assert uni_x(*encode)[0] == 0
+    (texts / "b.jsonl").write_text(row)
+    code, _, err = uni_x(*encode)
+    assert (code, "(1 file of 28 bytes then, 2 files of 56 bytes now)" in err) == (1, True), err
 
 
 def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pictures: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def encode(
     from uni_x.devices import choose_own_device
     from uni_x.images import load_image_tokenizer
     from uni_x.workflows.quickstart import load_quickstart_recipe
-    from uni_x.workflows.sources import OPENMOJI, SCENES, describe_encoded, encode_scenes, encode_source
+    from uni_x.workflows.sources import OPENMOJI, SCENES, describe_encoded, describe_share, encode_scenes, encode_source
 
     if image_tokenizer is None and source != SCENES:
         raise UsageError(
@@ -140,7 +140,8 @@ def encode(
                 options=options,
             )
     if not summary.finished or (summary.already_done and launch.rank() > 0):
-        return  # another process finds the folder whole, and says so
+        typer.echo(describe_share(out, summary))  # another process finds the folder whole, and tells of it
+        return
     if summary.already_done:
         typer.echo(f"This folder is finished already. Delete {out} to encode again.")
     typer.echo(describe_encoded(source, out, summary))
@@ -410,20 +411,25 @@ def env() -> None:
 def main() -> None:
     """Runs the command; a user's mistake is one line and exit code 1 (2 for wrong usage), never a traceback."""
     _settle_libraries()
-    shown = _Warnings(logging.WARNING) if launch.rank() == 0 else logging.NullHandler()
+    try:
+        rank = launch.rank()
+    except UsageError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    shown = _Warnings(logging.WARNING) if rank == 0 else logging.NullHandler()
     logging.getLogger("uni_x").addHandler(shown)
     try:
         app(standalone_mode=True)
     except UniXError as error:
-        if launch.rank() == 0:
+        if rank == 0:
             typer.echo(f"error: {error}", err=True)
         elif isinstance(error, ProcessError) or launch.is_first_of_machine():
-            typer.echo(f"error in process {launch.rank()}: {error}", err=True)
+            typer.echo(f"error in process {rank}: {error}", err=True)
         else:
             time.sleep(FIRST_SAY_SECONDS)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except SystemExit as exit_:
-        if exit_.code == STOPPED and launch.rank() == 0:
+        if exit_.code == STOPPED and rank == 0:
             again = " Run the same command again to go on." if _goes_on else ""
             typer.echo(f"Stopped.{again}", err=True)
         raise

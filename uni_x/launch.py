@@ -1,22 +1,37 @@
-"""Which of the processes this is that torchrun, accelerate or srun started together; alone, it is the first of one."""
+"""Which of the processes this is that torchrun, accelerate or srun started together; alone, it is the first of one.
+
+Raises `UsageError` for variables of the environment that a launcher cannot have set.
+"""
 
 import os
 import socket
 
+from uni_x.errors import UsageError
+
 
 def rank() -> int:
     """Number of this process among all, counted from 0."""
-    return int(os.environ.get("RANK", 0))
+    number = _number("RANK", 0)
+    if number >= processes():
+        raise UsageError(f"RANK={number}: processes count from 0, and by WORLD_SIZE there are {processes()}; set both")
+    return number
 
 
 def processes() -> int:
     """How many were started together, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine, counted from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(variable: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{variable}={text}: not a whole number from {least} on; mend or unset this variable")
+    return int(text)
 
 
 def is_first_of_machine() -> bool:

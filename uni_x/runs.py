@@ -7,10 +7,12 @@ import os
 import platform
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +25,8 @@ from uni_x.errors import RunError
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
 START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints"}  # what is there before anything is done
+
+_OTHERS_MAY_WRITE_SECONDS = 24 * 3600  # whether a process of another machine still runs cannot be seen
 
 
 class RunFolder:
@@ -52,6 +56,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
+        remove_leftovers(self.path)
         free = shutil.disk_usage(self.path).free
         if free < needs_bytes:
             raise RunError(
@@ -123,15 +128,16 @@ class RunFolder:
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Turns a full disk, or a folder that cannot be written, into a `RunError` that names it."""
+    """Turns what the system says of a folder that cannot be written, or of a full disk, into a `RunError`."""
     try:
         yield
     except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):  # a library's own, or a server's
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(folder) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-        raise
+        reason = error.strerror if _is_inside(error.filename, folder) else f"{error.strerror}: {error.filename}"
+        raise RunError(f"{folder}: cannot be written ({reason}); choose another folder") from None
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
@@ -145,32 +151,64 @@ def writing_into(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: weights cannot be written or read ({error})") from None
 
 
+def _is_inside(file: object, folder: Path) -> bool:
+    """Whether naming the folder is enough; where no file is known, it is."""
+    return not isinstance(file, str) or Path(file).is_relative_to(folder)
+
+
 def _full(folder: Path) -> RunError:
     return RunError(f"{folder}: the disk is full; free some space and run again, it will carry on")
 
 
-def write_atomically(file: Path, content: str | bytes, writer: int = 0) -> None:
+def write_atomically(file: Path, content: str | bytes) -> None:
     """Writes a file so that it is whole on the disk or not there. Raises `RunError` where that cannot be done.
 
-    `writer` tells apart processes that may write the same file at the same time.
+    Several processes may write the same file at the same time; that of the last one stays.
     """
-    with writing_whole(file, writer) as stream:
+    with writing_whole(file) as stream:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
-def writing_whole(file: Path, writer: int = 0) -> Iterator[IO[bytes]]:
+def writing_whole(file: Path) -> Iterator[IO[bytes]]:
     """A stream whose content is at `file` once the block has ended, and nowhere if it fails; see `write_atomically`."""
-    partial = file.with_name(f".{file.name}.{writer}.partial" if writer else f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
-        with writing_into(file.parent), partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+        with writing_into(file.parent):
+            with partial.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes had begun to write into a folder; what others are writing stays."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError):
+            if not _is_being_written(partial):
+                partial.unlink()
+
+
+def _is_being_written(partial: Path) -> bool:
+    machine, _, process = partial.name.removesuffix(".partial").rpartition("-")
+    if machine.endswith(f".{socket.gethostname()}") and process.isdecimal():
+        return _is_running(int(process))
+    return time.time() - partial.lstat().st_mtime < _OTHERS_MAY_WRITE_SECONDS
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def provenance() -> dict[str, Any]:

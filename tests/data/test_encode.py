@@ -1,6 +1,8 @@
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,10 +216,61 @@ def test_folders_of_others_are_left_alone(image_tokenizer, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_told(image_tokenizer, tmp_path):
     rows = [SourceRow("a", (picture(0),), caption="a heart")]
-    (tmp_path / ".part-00000-00000.parquet.partial").symlink_to("/dev/full")
+    (tmp_path / f".part-00000-00000.parquet.{socket.gethostname()}-{os.getpid()}.partial").symlink_to("/dev/full")
     with pytest.raises(RunError, match=f"{tmp_path}: the disk is full"):
         encode([part_of(rows)], image_tokenizer, tmp_path, source="rows")
     assert encode([part_of(rows)], image_tokenizer, tmp_path, source="rows") == EncodeSummary(1, 1, 0, True)
+
+
+def test_what_the_system_refuses_is_told_in_one_line(uni_x, tmp_path):
+    (source := tmp_path / "texts.jsonl").write_text('{"text": "Hearts are red."}\n')
+    (loop := tmp_path / "loop").symlink_to(loop)
+    encode = ("encode", source, "--image-tokenizer", "scenes", "--out")
+    for out, reason in (
+        (loop / "out", "Too many levels of symbolic links"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (source / "out", "Not a directory"),
+    ):
+        code, _, err = uni_x(*encode, out)
+        assert (code, err.count("\n")) == (1, 1), err
+        assert err.startswith(f"error: {out}: cannot be written ({reason}"), err
+    out = tmp_path / "out"
+    run = subprocess.run(
+        [sys.executable, "-m", "uni_x", *encode, out],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    error = f"error: {out}: cannot be written (File too large); choose another folder"
+    assert (run.returncode, run.stderr.splitlines()[-1], run.stderr.count("error")) == (1, error, 1)
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+def test_two_runs_into_one_folder_both_finish(picture_folder, image_tokenizer, tmp_path):
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out"
+    out.mkdir()
+    # What killed processes of this machine and of another one left; that of the other may still be writing.
+    dead, other = (
+        out / f".part-00000-00000.parquet.{name}.partial" for name in (f"{socket.gethostname()}-999999999", "other-1")
+    )
+    dead.touch()
+    other.touch()
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_ENCODE, picture_folder, tmp_path / "tokenizer", out],
+            cwd=Path(uni_x.__file__).parents[1],
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [(b"", 0), (b"", 0)]
+    encode_folder(picture_folder, image_tokenizer, tmp_path / "alone")
+    assert content_of(out) == content_of(tmp_path / "alone")
+    assert list(out.glob(".*")) == [other]
+    os.utime(other, (0, 0))
+    encode_folder(picture_folder, image_tokenizer, out)
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 9])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -23,12 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from uni_x.data.inventory import Inventory
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import ProcessError, RunError
-from uni_x.runs import write_atomically, writing_into
+from uni_x.runs import remove_leftovers, write_atomically, writing_into
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +83,7 @@ def encode(
     out_dir: str | Path,
     *,
     source: str,
+    inventory: Inventory | None = None,
     shard_size: int = 1000,
     batch_size: int | None = None,
     filters: Filters | None = None,
@@ -94,6 +97,7 @@ def encode(
         tokenizer: encodes the pictures.
         out_dir: the folder, which all processes share.
         source: says in words where the rows come from, and changes when they would.
+        inventory: of the source's files; None where it has none that could change.
         shard_size: rows of a shard, rejects included.
         batch_size: pictures a call of the tokenizer; None for as many as its memory allows.
         filters: which pictures are rejected.
@@ -101,7 +105,7 @@ def encode(
         progress: called with this process's totals so far after each batch and each shard that was there already.
 
     On finished work it returns at once. Raises `RunError` where the folder was made with another tokenizer, source,
-    filter or shard size, where the source's rows have changed since, and where the disk is full.
+    filter or shard size, where the source's files or rows have changed since, and where the folder cannot be written.
     """
     out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
@@ -112,12 +116,14 @@ def encode(
         "shard_size": shard_size,
         "filters": asdict(filters),
     }
-    finished = _open_folder(out_dir, manifest, share.rank)
+    if inventory is not None:
+        manifest["inventory"] = asdict(inventory)
+    finished = _open_folder(out_dir, manifest)
     if finished is not None:
         return finished
     folder = _Folder(out_dir, parts, shard_size)
     own = _Encoder(folder, tokenizer, filters, batch_size, progress or (lambda summary: None)).run(share)
-    return folder.finish(manifest, share.rank) or own
+    return folder.finish(manifest) or own
 
 
 def tokenizer_fingerprint(tokenizer: ImageTokenizer) -> str:
@@ -142,32 +148,42 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _open_folder(out_dir: Path, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
+def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | None:
     """Starts the folder, or checks that it was started alike; gives the summary where it is finished."""
     path = out_dir / MANIFEST
-    if not path.exists():
-        # another process may have begun in this very moment
-        if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
-            raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
-        with writing_into(out_dir):
+    with writing_into(out_dir):
+        remove_leftovers(out_dir)
+        if not path.exists():
+            # another process may have begun in this very moment
+            if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
+                raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
             out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {**manifest, "finished": False}, rank)
-        return None
+            _write_json(path, {**manifest, "finished": False})
+            return None
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
-    for key, value in manifest.items():
-        if found.get(key) != value:
-            raise RunError(
-                f"{out_dir}: made with another {key.replace('_', ' ')} ({_shorten(found.get(key))}, now "
-                f"{_shorten(value)}); choose another folder, or delete this one to encode again"
-            )
+    _check_made_alike(out_dir, found, manifest)
     return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
 
-def _shorten(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"
+def _check_made_alike(out_dir: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raises `RunError` where an earlier run, by the manifest that was found, would have made something else."""
+    mend = "choose another folder, or delete this one to encode again"
+    for key, value in manifest.items():
+        if key != "inventory" and not _is_alike(key, found.get(key), value):
+            was, now = (str(each)[:12] if key == "tokenizer" else each for each in (found.get(key), value))
+            raise RunError(f"{out_dir}: made with another {key.replace('_', ' ')} ({was}, now {now}); {mend}")
+    if "inventory" in found and "inventory" in manifest:  # manifests of earlier versions have none
+        now, then = Inventory(**manifest["inventory"]), Inventory(**found["inventory"])
+        if changed := now.changed_since(then):
+            raise RunError(f"{out_dir}: {manifest['source']} has changed since it was encoded ({changed}); {mend}")
+
+
+def _is_alike(key: str, earlier: object, now: object) -> bool:
+    if key == "source" and isinstance(earlier, str):
+        return now in (earlier, os.path.realpath(earlier))  # earlier versions kept paths as they were typed
+    return earlier == now
 
 
 @dataclass(frozen=True)
@@ -222,22 +238,38 @@ class _Folder:
     def chunk(self, part: int, number: int) -> _Chunk:
         return _Chunk(part, number, self.path / f"part-{part:05d}-{number:05d}.parquet")
 
-    def finish(self, manifest: dict[str, Any], rank: int) -> EncodeSummary | None:
+    def finish(self, manifest: dict[str, Any]) -> EncodeSummary | None:
         """Writes rejects and manifest, where every shard is there; None where one is missing."""
-        total, rejects = EncodeSummary(), []
+        total = EncodeSummary()
+
+        def rejects() -> Iterator[dict[str, Any]]:
+            nonlocal total
+            for record in self._records():
+                total += record.summary
+                yield from record.rejects
+
+        try:
+            write_rejects(self.path, rejects())
+        except _ShardMissingError:
+            return None
+        counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
+        _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts})
+        return replace(total, finished=True)
+
+    def _records(self) -> Iterator[_ShardRecord]:
+        """What every shard tells, in their order. Raises `_ShardMissingError` at the first that is not there."""
         for part in range(len(self.parts)):
             for number in itertools.count():
                 record = read_record(self.chunk(part, number).path)
                 if record is None:
-                    return None
-                total += record.summary
-                rejects += record.rejects
+                    raise _ShardMissingError
+                yield record
                 if record.last:
                     break
-        write_rejects(self.path, rejects, rank)
-        counts = {"read": total.read, "written": total.written, "rejected": total.rejected}
-        _write_json(self.path / MANIFEST, {**manifest, "finished": True, "counts": counts}, rank)
-        return replace(total, finished=True)
+
+
+class _ShardMissingError(Exception):
+    """Other processes are still at work."""
 
 
 def read_record(path: Path) -> _ShardRecord | None:
@@ -386,5 +418,5 @@ def _to_grid(codes: np.ndarray, picture: Pixels) -> CodeGrid:
     return CodeGrid(codes.reshape(-1), height, width, picture.height, picture.width)
 
 
-def _write_json(path: Path, content: dict[str, Any], rank: int) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(), rank)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

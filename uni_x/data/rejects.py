@@ -6,17 +6,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from uni_x.runs import write_atomically
+from uni_x.runs import writing_whole
 
 REJECTS = "rejects.jsonl"
 _NAMED_REASONS = 3
 
 
-def write_rejects(folder: Path, rejects: Iterable[Mapping[str, Any]], writer: int = 0) -> None:
-    """Writes `rejects.jsonl` into a folder; `writer` tells apart processes that may do so at the same time."""
-    lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
-    write_atomically(folder / REJECTS, lines.encode("utf-8", "backslashreplace"), writer)
+def write_rejects(folder: Path, rejects: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `rejects.jsonl` into a folder, one reject in memory at a time; nothing where `rejects` raises."""
+    with writing_whole(folder / REJECTS) as stream:
+        for reject in rejects:
+            line = json.dumps(reject, ensure_ascii=False) + "\n"
+            # A lone surrogate, as a file name may hold one, becomes an escape of JSON.
+            stream.write(line.encode("utf-8", "backslashreplace"))
 
 
 def frequent_reasons(folder: Path) -> str:

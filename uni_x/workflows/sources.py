@@ -1,5 +1,6 @@
 """What `uni-x encode` and `uni-x tokenizer train` read: a folder of pictures, or a source by name."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,10 @@ from pathlib import Path
 
 from uni_x import launch, scenes
 from uni_x.data.encode import EncodeSummary, Share, encode
+from uni_x.data.inventory import take_inventory
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import SourceOptions, open_source
+from uni_x.data.readers.parts import to_unicode
 from uni_x.data.rejects import REJECTS, frequent_reasons
 from uni_x.data.schema import Load, Message, Part, SourceRow
 from uni_x.errors import ProcessError
@@ -47,7 +50,8 @@ def encode_source(
         options: what else is said of the source.
 
     Raises:
-        DataError: where the source is not there; and what `encode` raises.
+        DataError: where the source is not there.
+        RunError: where its files are not those that `out` was made of; and what else `encode` raises.
     """
 
     def report(summary: EncodeSummary) -> None:
@@ -55,11 +59,14 @@ def encode_source(
             progress(summary.read, limit or 0, f"{summary.rejected} rejected")
 
     options = options or SourceOptions()
+    on_disk = source != OPENMOJI and Path(source).exists()
+    inventory = take_inventory(Path(source), options.kind, leave_out=out) if on_disk else None
     parts = read_source(source, tokenizer.resolution, options)
-    name = str(Path(source)) if Path(source).exists() else source
+    pictures = None if options.pictures is None else _resolve(options.pictures)
+    name = _resolve(source) if on_disk else source
     name += "".join(
         f", {option} {value}"
-        for option, value in (("split", options.split), ("kind", options.kind), ("pictures", options.pictures))
+        for option, value in (("split", options.split), ("kind", options.kind), ("pictures", pictures))
         if value is not None
     )
     if limit is not None:
@@ -70,11 +77,17 @@ def encode_source(
         tokenizer,
         out,
         source=name,
+        inventory=inventory,
         batch_size=batch_size,
         filters=filters,
         share=launched_share(),
         progress=report,
     )
+
+
+def _resolve(path: str | Path) -> str:
+    """The same for the same file or folder, from wherever it is named."""
+    return to_unicode(os.path.realpath(path))
 
 
 def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
@@ -86,8 +99,20 @@ def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
         raise ProcessError(
             f"{source}: none of its {summary.read} rows can be used: {reasons}; mend them, delete {out}, run again"
         )
-    counts = f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}"
+    counts = _describe_counts(out, summary)
     return f"{counts}\nRejected: {reasons}" if reasons else counts
+
+
+def describe_share(out: Path, summary: EncodeSummary) -> str:
+    """What one of several processes has done, in a line."""
+    process = f"process {launch.rank()} of {launch.processes()}"
+    if summary.already_done:
+        return f"{process}: {out} is finished already"
+    return f"{process}: {_describe_counts(out, summary)}; not finished: the other processes have the rest"
+
+
+def _describe_counts(out: Path, summary: EncodeSummary) -> str:
+    return f"{summary.read} read = {summary.written} written + {summary.rejected} rejected, in {out}"
 
 
 def launched_share() -> Share:

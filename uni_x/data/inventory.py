@@ -1,0 +1,79 @@
+"""What files a source has, by their names, sizes and times, so that one that has changed since is noticed.
+
+No file is opened. Pictures that the rows of a file name elsewhere are not counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from uni_x.data.readers.folders import TABLES, directories
+from uni_x.data.readers.kinds import DATASET, PICTURES, kind_of_file, kind_of_folder
+from uni_x.pictures import PICTURE_SUFFIXES
+
+_OF_PICTURES = {*PICTURE_SUFFIXES, ".txt", ".json"}
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """How many files a source has, their bytes, and a digest of their names, sizes and times of change."""
+
+    files: int
+    bytes: int
+    digest: str
+
+    def changed_since(self, earlier: Inventory) -> str | None:
+        """What has changed, in words; None where nothing has."""
+        if self == earlier:
+            return None
+        if (self.files, self.bytes) == (earlier.files, earlier.bytes):
+            return "files were renamed or written again"
+        return f"{earlier} then, {self} now"
+
+    def __str__(self) -> str:
+        return f"{self.files:,} file{'' if self.files == 1 else 's'} of {self.bytes:,} bytes"
+
+
+def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None = None) -> Inventory:
+    """Counts the files that a source on disk is read from, subfolders included where they are pictures.
+
+    Args:
+        source: a file or a folder that `uni_x.data.readers.open_source` reads.
+        kind: which files of a folder count, where it holds several kinds.
+        leave_out: a folder inside the source that does not count.
+    """
+    files = total = 0
+    digest = hashlib.sha256()
+    for path, name in sorted(_files(source, kind, leave_out), key=lambda file: file[1]):
+        try:
+            state = path.stat()
+        except OSError:  # a link to nowhere, whose row is rejected
+            continue
+        files += 1
+        total += state.st_size
+        digest.update(os.fsencode(f"{name}\0{state.st_size} {state.st_mtime_ns}\n"))
+    return Inventory(files, total, digest.hexdigest())
+
+
+def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
+    """The files, each with its path inside the source."""
+    found = kind_of_folder(source, kind) if source.is_dir() else kind_of_file(source)
+    if found.kind not in (PICTURES, DATASET):
+        yield from ((found.folder / file, file) for file in found.files)
+        return
+    left_out = None if leave_out is None else leave_out.resolve()
+    for inside, names in directories(found.folder):
+        folder = found.folder / inside
+        if left_out is not None and folder.resolve().is_relative_to(left_out):
+            continue
+        for name in names:
+            if found.kind == DATASET or name in found.files or _belongs_to_pictures(name):
+                yield folder / name, (inside / name).as_posix()
+
+
+def _belongs_to_pictures(name: str) -> bool:
+    return name not in TABLES and os.path.splitext(name)[1].lower() in _OF_PICTURES
