@@ -1,6 +1,7 @@
 """Opens a picture of any kind that Pillow reads, or says in one line why it cannot be used."""
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +15,12 @@ Picture: TypeAlias = Image.Image | bytes | Path
 
 EMPTY_PICTURE = "the picture is empty"
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_UNREAD_SUFFIXES = frozenset({".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg", ".tga"})
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file is named like a picture, also of a format that is not read: such a one is refused, not lost."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES | _UNREAD_SUFFIXES
 
 
 def open_picture(picture: Picture) -> Image.Image:

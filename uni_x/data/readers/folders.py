@@ -109,7 +109,7 @@ def _beside(folder: Path, entry: _Entry) -> Mapping[str, Any]:
         raise DataError(f"the caption is missing: {picture.stem}.txt")
     caption = folder / entry.caption
     if caption.suffix.lower() == ".json":
-        return {**_without(parse_object(caption.read_bytes()), "images"), "image": picture}
+        return {**parse_object(caption.read_bytes()), "images": [picture]}
     return {"image": picture, "caption": _read_caption(caption)}
 
 
@@ -171,8 +171,4 @@ def _listed(read: Callable[[], Mapping[str, Any]], resolve: Resolve) -> Mapping[
     column = next((name for name in _FILE_COLUMNS if isinstance(fields.get(name), str) and fields[name]), None)
     if column is None:
         raise DataError(f"no file name in it (column {' or '.join(_FILE_COLUMNS)})")
-    return {**_without(fields, column, "images"), "image": resolve(fields[column])}
-
-
-def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
+    return {**fields, "images": [resolve(fields[column])]}

@@ -92,8 +92,7 @@ def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
         if text is not None:
             return {**images, "caption": _decode(_read(stream, text))}
         assert fields is not None
-        found = parse_object(_read(stream, fields))
-        return {**{name: value for name, value in found.items() if not pictures or name != "image"}, **images}
+        return {**parse_object(_read(stream, fields)), **images}
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
