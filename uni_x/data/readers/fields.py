@@ -39,8 +39,8 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
     `id` (or `uid`, `key`, `__key__`) takes the place of `row_id`, its `source` that of `source`. `resolve` finds
     files that the row names; without it none may be named.
 
-    Raises `DataError` with the reason where the fields fit no kind, or hold a video or sound. Whether texts and pictures fit each other is left
-    to `schema.check_content`.
+    Raises `DataError` with the reason where the fields fit no kind, or hold a video or sound. Whether texts and
+    pictures fit each other is left to `schema.check_content`.
     """
     given = _without_empty_alternatives({name: value for name, value in fields.items() if value is not None})
     images = _images(given, resolve)
