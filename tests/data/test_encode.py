@@ -24,6 +24,7 @@ from uni_x.data.schema import CodeGrid, Message, Part, Rejection, SourceRow
 from uni_x.data.shards import EncodedSamples
 from uni_x.errors import DataError, RunError
 from uni_x.images import ImageTokenizer
+from uni_x.pictures import FORMATS
 
 
 def picture(seed):
@@ -92,9 +93,10 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
     samples = EncodedSamples(tmp_path, image_tokenizer.codebook_size)
     assert [(sample.id, len(sample.images)) for sample in samples] == [("a", 2), ("b", 0), ("d", 1)]
     assert samples[0].messages == question
+    no_picture = f"the file is no picture of a format that is read ({', '.join(FORMATS)})"
     assert [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
         {"part": "rows", "row": 2, "id": "c", "reason": "the reader said so"},
-        {"part": "rows", "row": 4, "id": "e", "reason": "images[1]: the file is no picture that Pillow can read"},
+        {"part": "rows", "row": 4, "id": "e", "reason": f"images[1]: {no_picture}"},
         {"part": "rows", "row": 5, "id": "f", "reason": "messages: 2 <image> for 1 images"},
         {"part": "rows", "row": 6, "id": "g", "reason": "caption: it is empty"},
     ]

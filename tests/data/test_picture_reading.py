@@ -1,11 +1,12 @@
 import io
 
 import numpy as np
+import PIL.features
 import pytest
 from PIL import Image
 
 from uni_x.errors import DataError
-from uni_x.pictures import open_picture
+from uni_x.pictures import FORMATS, open_picture
 
 
 def to_bytes(image, format="PNG", **options):
@@ -41,10 +42,24 @@ def test_animations_give_their_first_frame():
     assert open_picture(content).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_pictures_are_turned_upright():
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_pictures_are_turned_upright_once(format):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    assert open_picture(to_bytes(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (4, 6)
+    exif[0x0112] = 3  # to be turned by a half
+    picture = Image.new("RGB", (16, 16), "white")
+    picture.paste("black", (0, 0, 16, 8))
+    content = to_bytes(picture, format, exif=exif)
+    for opened in map(open_picture, (content, open_picture(content), Image.open(io.BytesIO(content)))):
+        assert opened.convert("L").getpixel((8, 2)) > 200
+        assert opened.convert("L").getpixel((8, 14)) < 50
+
+
+def test_every_format_that_is_promised_is_read():
+    features = {"AVIF": "avif", "WEBP": "webp"}
+    for name in FORMATS:
+        if name not in features or PIL.features.check(features[name]):
+            assert open_picture(to_bytes(Image.new("RGB", (6, 4)), name)).size == (6, 4)
+    assert open_picture(to_bytes(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:])).size == (6, 4)
 
 
 def test_the_content_tells_the_format(tmp_path):
@@ -70,8 +85,9 @@ def corrupt():
     [
         (truncated(), "cannot be read .*truncated"),
         (corrupt(), "cannot be read"),
-        (b"<html>not found</html>", "no picture that Pillow can read"),
+        (b"<html>not found</html>", "no picture of a format that is read"),
         (b"", "the picture is empty"),
+        (to_bytes(Image.new("RGB", (6, 4)), "EPS"), r"no picture of a format that is read \(JPEG, PNG, .*\)"),
         (to_bytes(Image.new("F", (6, 4)), "TIFF"), "floating-point pixels"),
     ],
 )

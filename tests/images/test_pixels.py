@@ -1,12 +1,15 @@
 """Any picture becomes an upright square on white; bytes and pixels are the same numbers."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from uni_x.errors import DataError
-from uni_x.images.pixels import comparison, pixels_to_bytes, preprocess
+from uni_x.images.pixels import comparison, on_white, pixels_to_bytes, preprocess
 
 
 def half_and_half(width, height):
@@ -43,6 +46,31 @@ def test_a_palette_with_a_transparent_entry_shows_white():
     assert (preprocess([picture], 8) == 1.0).all()
 
 
+def test_a_large_picture_is_blended_as_a_small_one_is():
+    layers = np.random.default_rng(0).integers(0, 256, (1200, 700, 4), dtype=np.uint8)
+    layers[:500, :, 3] = 255
+    alpha = layers[..., 3:] / 255.0
+    expected = ((1 - alpha) * 255 + alpha * layers[..., :3]).astype(np.uint8)
+    assert np.array_equal(np.asarray(on_white(Image.fromarray(layers))), expected)
+
+
+MEASURE_BLENDING = """
+import resource
+from PIL import Image
+from uni_x.images.pixels import on_white
+picture = Image.new("RGBA", (4000, 4000), (10, 20, 30, 100))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+on_white(picture)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
+def test_blending_takes_little_more_memory_than_the_picture():
+    run = subprocess.run([sys.executable, "-c", MEASURE_BLENDING], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 3 * 4000 * 4000 * 4
+
+
 def test_the_orientation_in_the_exif_tag_counts(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise
@@ -66,7 +94,8 @@ def test_a_broken_picture_is_named(tmp_path):
     path = tmp_path / "half.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with Image.open(path) as picture, pytest.raises(DataError, match=r"picture 2 of 2: .*half\.png cannot be read"):
+    reason = r"picture 2 of 2: .*half\.png: the picture cannot be read"
+    with Image.open(path) as picture, pytest.raises(DataError, match=reason):
         preprocess([half_and_half(8, 8), picture], 8)
 
 

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from uni_x.errors import DataError
+from uni_x.pictures import open_picture
 
 Picture = Image.Image | np.ndarray
 
-ORIENTATION = 0x0112  # the EXIF tag
 LARGEST_SIDE_RATIO = 100
+_STRIP_PIXELS = 2**18  # blended at once, in floats of eight bytes
 
 
 def preprocess(pictures: Sequence[Picture], resolution: int) -> torch.Tensor:
@@ -46,10 +47,10 @@ def square(picture: Picture, resolution: int) -> np.ndarray:
             return picture
         picture = Image.fromarray(picture)
     try:
-        picture = on_white(_upright(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = getattr(picture, "filename", "") or "the picture"
-        raise DataError(f"{name} cannot be read ({error})") from None
+        picture = on_white(open_picture(picture))
+    except ValueError as error:  # a DataError, or of a mode that cannot be made RGB
+        name = getattr(picture, "filename", "")
+        raise DataError(f"{name}: {error}" if name else str(error)) from None
     if picture.size == (resolution, resolution):
         return np.asarray(picture)
     return np.asarray(_resize_and_crop(picture, resolution))
@@ -60,14 +61,22 @@ def on_white(picture: Image.Image) -> Image.Image:
 
     Blended in floats and cut to a byte, not rounded, as Chameleon's tokenizer does.
     """
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        picture.load()
-        return picture
     if picture.mode.startswith("I"):  # 16-bit grey, which PIL would clip to its lowest byte
         picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8))
-    layers = np.asarray(picture.convert("RGBA"))
-    if (layers[..., 3] == 255).all():
+    if not picture.has_transparency_data:
+        return picture.convert("RGB") if picture.mode != "RGB" else picture
+    blended = Image.new("RGB", picture.size)
+    rows = max(1, _STRIP_PIXELS // max(1, picture.width))
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        blended.paste(_blend_on_white(strip.convert("RGBA")), (0, top))
+    return blended
+
+
+def _blend_on_white(picture: Image.Image) -> Image.Image:
+    if picture.getchannel("A").getextrema() == (255, 255):
         return picture.convert("RGB")
+    layers = np.asarray(picture)  # (height, width, 4)
     alpha = layers[..., 3:] / 255.0
     return Image.fromarray(((1 - alpha) * 255 + alpha * layers[..., :3]).astype(np.uint8))
 
@@ -102,20 +111,6 @@ def comparison(originals: torch.Tensor, reconstructions: torch.Tensor, columns: 
         sheet.paste(original, (left, top))
         sheet.paste(reconstruction, (left, top + height + gap))
     return sheet
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    orientation = picture.getexif().get(ORIENTATION, 1)
-    turn = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return picture if turn is None else picture.transpose(turn)
 
 
 def _resize_and_crop(picture: Image.Image, resolution: int) -> Image.Image:

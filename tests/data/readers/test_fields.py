@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.data.readers.conftest import ANSWERED, ASKED, BLUE, RED, to_row
+from uni_x.data.readers.fields import row_from_fields
 from uni_x.data.schema import Message, check_content
 from uni_x.errors import DataError
 
@@ -114,6 +116,43 @@ def test_a_picture_with_one_text_is_a_caption_unless_the_text_places_it():
     assert to_row(text="HTML has <image> too").text == "HTML has <image> too"  # check_content decides
 
 
+def test_the_first_field_with_a_picture_counts():
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    assert to_row(images=[], image=RED, messages=turns).images == (RED,)
+    assert to_row(images=[], image=RED, caption="a cat").images == (RED,)
+    assert to_row(image={"bytes": None, "path": None}, img=RED, file_name="a.png", caption="a cat").images == (RED,)
+    assert to_row(images=[BLUE], image=RED, text="a cat").images == (BLUE,)
+    assert to_row(images=[], text="words").images == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["image", "image_path", "image_file", "image_url", "img", "img_path", "file_name", "filename", "path"]
+)
+def test_every_usual_name_of_a_picture_is_looked_up(name):
+    row = row_from_fields({name: "a.png", "text": "a cat"}, "row", "source", Path)
+    assert (row.images, row.caption) == ((Path("a.png"),), "a cat")
+
+
+def test_files_that_are_no_pictures_are_not_taken_for_one():
+    row = to_row(path="source/main.py", file_name="main.py", content="print()")
+    assert (row.images, row.text) == ((), "print()")
+
+
+def test_what_is_empty_gives_way_to_what_is_not():
+    assert to_row(image=RED, caption="a cat", text="").caption == "a cat"
+    assert to_row(image=RED, data_type="t2i", caption="a cat", text=" ").caption == "a cat"
+    assert to_row(messages=[], caption="", text="words").text == "words"
+    turns = [{"role": "system", "content": ""}, *ASKED]
+    assert to_row(image=RED, conversations=turns).messages == ANSWERED
+
+
+def test_the_first_of_several_captions_counts():
+    for name in ("caption", "captions", "text"):
+        assert to_row(**{"image": RED, name: ["", " a cat ", "a dog"]}).caption == "a cat"
+    with pytest.raises(DataError, match=r"^captions: it is empty"):
+        to_row(image=RED, captions=[""])
+
+
 def test_ids_and_sources_of_its_own():
     assert to_row(text="a").id == "row"
     assert [to_row(text="a", **{name: 7}).id for name in ("id", "uid", "key", "__key__")] == ["7"] * 4
@@ -164,6 +203,7 @@ def test_ids_and_sources_of_its_own():
         ({"image": "", "caption": "a"}, "^image: the picture is empty"),
         ({"image": b"", "caption": "a"}, "^image: the picture is empty"),
         ({"images": [RED, {"bytes": None, "path": None}], "text": "a"}, r"^images\[1\]: the picture is empty"),
+        ({"video": "a.mp4", "text": "a"}, "^video: texts and pictures are read, videos and sound are not"),
         ({"url": "a", "size": 3}, r"no caption, messages or text in it.*\(its fields: url, size\)"),
         ({}, r"\(its fields: none\)"),
     ],

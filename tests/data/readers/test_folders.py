@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from tests.data.readers.conftest import ANSWERED, ASKED, RED, read, reasons, write_jsonl
+from tests.data.readers.conftest import ANSWERED, ASKED, RED, make_picture, read, reasons, write_jsonl
 from uni_x.data.schema import Rejection
 from uni_x.errors import DataError
 
@@ -139,6 +139,41 @@ def test_captions_without_pictures_are_rows_that_are_rejected(tmp_path):
     assert [row.id for row in rows] == ["a.txt", "b.png", "more/c.JPG", "more/d.txt", "more/e.json"]
     lonely = "no picture stands beside the caption"
     assert reasons(rows) == dict.fromkeys(("a.txt", "more/d.txt", "more/e.json"), lonely)
+
+
+def test_pictures_of_other_formats_are_rows_too(tmp_path):
+    for name in ("a.heic", "b.heic", "c.ppm", "d.jfif"):
+        (tmp_path / name).write_bytes(make_picture("red", "JPEG"))
+    for name in "acd":
+        (tmp_path / f"{name}.txt").write_text("a cat")
+    rows = read(tmp_path)
+    assert [row.id for row in rows] == ["a.heic", "b.heic", "c.ppm", "d.jfif"]
+    assert reasons(rows) == {"b.heic": "the caption is missing: b.txt"}  # that a.heic is none is told by decoding it
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need rights elsewhere")
+def test_links_that_leave_the_folder_are_told_and_not_followed(tmp_path):
+    for folder in ("source/inside", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.png").write_bytes(RED)
+        (tmp_path / folder / "a.txt").write_text("a cat")
+    source = tmp_path / "source"
+    for name, target in {
+        "leaving": tmp_path / "elsewhere",
+        "within": source / "inside",
+        "b.png": tmp_path / "elsewhere" / "a.png",
+        "c.png": source / "inside" / "a.png",
+        "c.txt": source / "inside" / "a.txt",
+        "d.png": source / "inside" / "a.png",
+        "d.txt": tmp_path / "elsewhere" / "a.txt",
+    }.items():
+        (source / name).symlink_to(target)
+    rows = read(source)
+    assert [row.id for row in rows] == ["b.png", "c.png", "d.png", "inside/a.png", "leaving"]
+    told = "a symbolic link that leads outside the folder is not followed: "
+    assert reasons(rows) == {"b.png": f"{told}b.png", "d.png": f"{told}d.txt", "leaving": f"{told}leaving"}
+    (tmp_path / "link").symlink_to(source)
+    assert [row.id for row in read(tmp_path / "link")] == [row.id for row in rows]
 
 
 def test_json_is_a_source_of_its_own_unless_it_captions_pictures(tmp_path):

@@ -68,19 +68,23 @@ def test_rows_of_a_tar_that_cannot_be_used(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("i.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        for name, kind in (("i.txt", tarfile.SYMTYPE), ("j.png", tarfile.LNKTYPE), ("k", tarfile.DIRTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "g.png"
+            tar.addfile(link)
     rows = read(path)
     found = reasons(rows)
-    assert list(found) == [f"a.tar:{key}" for key in "abcdeh"]
+    assert list(found) == [f"a.tar:{key}" for key in ["a", "b", "c", "d", "e", "README", "h", "i", "j"]]
     assert found["a.tar:a"] == "neither txt, caption nor json in it (its members end in png)"
     assert found["a.tar:b"].startswith("no picture stands beside the caption")
     assert found["a.tar:c"] == "the caption is not valid UTF-8"
     assert found["a.tar:d"].startswith("not valid JSON")
     assert found["a.tar:e"] == "two members of the row end in .png"
     assert found["a.tar:h"] == "caption: it is empty"
-    assert rows[5].caption == "good"
+    assert found["a.tar:README"] == "nothing in its name says what it is, such as .jpg: README"
+    assert found["a.tar:i"] == "links in a tar are not followed; pack the file itself: i.txt"
+    assert found["a.tar:j"] == "links in a tar are not followed; pack the file itself: j.png"
+    assert rows[6].caption == "good"
 
 
 def test_a_tar_cut_anywhere_gives_its_whole_rows_and_one_rejection(webdataset, tmp_path):

@@ -11,11 +11,17 @@ import numpy as np
 from uni_x.data.readers.parts import Resolve, describe, to_unicode
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Rejection, SourceRow, check_text
 from uni_x.errors import DataError
-from uni_x.pictures import EMPTY_PICTURE, Picture
+from uni_x.pictures import EMPTY_PICTURE, Picture, is_picture_name
 
 _IDS = ("id", "uid", "key", "__key__")
-_IMAGES = ("images", "image")
-_CONTENTS = ("caption", "text", "content", "messages", "conversations", "texts", "output", "response")
+_IMAGES = (
+    *("images", "image", "image_path", "image_paths", "image_file", "image_url", "img", "img_path"),
+    *("jpg", "jpeg", "png", "webp"),  # as the library datasets names the members of tars
+)
+_FILES = ("file_name", "filename", "file", "path")  # pictures where they are named like one
+_UNREAD = ("video", "videos", "audio", "audios")
+_ALTERNATIVES = ("caption", "captions", "text", "content", "messages", "conversations", "texts")
+_CONTENTS = (*_ALTERNATIVES, "output", "response")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURN_SPLIT, _PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
 _CAPTION_TYPES = ("image_text", "t2i")
@@ -28,18 +34,21 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
 
     Known are captions (`image` or `images` with `caption` or `text`), documents (`text`, `content`), conversations
     (`messages`, `conversations`, FineVision's `texts`, the fields of Alpaca and OpenOrca) and the rows with
-    `data_type` and `vqcode_512` of the published research code. Fields of None count as missing. A row's own `id`
-    (or `uid`, `key`, `__key__`) takes the place of `row_id`, its `source` that of `source`. `resolve` finds files
-    that the row names; without it none may be named.
+    `data_type` and `vqcode_512` of the published research code. Of several fields for pictures the first that is not
+    empty counts, and so it is with captions, texts and conversations; fields of None count as missing. A row's own
+    `id` (or `uid`, `key`, `__key__`) takes the place of `row_id`, its `source` that of `source`. `resolve` finds
+    files that the row names; without it none may be named.
 
-    Raises `DataError` with the reason where the fields fit no kind. Whether texts and pictures fit each other is left
-    to `schema.check_content`.
+    Raises `DataError` with the reason where the fields fit no kind, or hold a video or sound. Whether texts and
+    pictures fit each other is left to `schema.check_content`.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = _without_empty_alternatives({name: value for name, value in fields.items() if value is not None})
     images = _images(given, resolve)
     content = _content(given, len(images)) or _refuse_content(fields)
     if content.kind == "caption" and not images and (empty := next((name for name in _IMAGES if name in fields), None)):
         raise DataError(f"{empty}: {EMPTY_PICTURE}")
+    if unread := next((name for name in _UNREAD if not _is_empty(given.get(name))), None):
+        raise DataError(f"{unread}: texts and pictures are read, videos and sound are not")
     own_source = given.get("source")
     return SourceRow(
         id=_own_id(given) or row_id,
@@ -69,6 +78,20 @@ def load_fields(
         return row_from_fields(fields, row_id, source, resolve)
     except (DataError, OSError) as error:
         return Rejection(row_id, to_unicode(describe(error)))
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, Mapping):  # as Hugging Face's datasets write pictures
+        return not (value.get("bytes") or value.get("path"))
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def _without_empty_alternatives(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out empty captions, texts and conversations where another of them says something."""
+    empty = {name for name in _ALTERNATIVES if name in fields and _is_empty(fields[name])}
+    if not any(name in fields and name not in empty for name in _ALTERNATIVES):
+        return dict(fields)
+    return {name: value for name, value in fields.items() if name not in empty}
 
 
 def _own_id(fields: Mapping[str, Any]) -> str | None:
@@ -116,13 +139,23 @@ def _plain_content(fields: Mapping[str, Any], images: int) -> _Content | None:
     if "data_type" in fields and ("vqcode_512" in fields or not images):
         name = _published_field(fields)
         return _Content("text", _text(fields, name), name)
-    for name in ("caption", "text", "content"):
+    for name in ("caption", "captions", "text", "content"):
         if name in fields:
-            text = _text(fields, name)
+            is_choice = images > 0 and isinstance(fields[name], list | tuple)
+            text = first_caption(fields[name], name) if is_choice else _text(fields, name)
             has_place = images > 0 and IMAGE_PLACEHOLDER in text
-            is_caption = not has_place and (images == 1 or name == "caption")
+            is_caption = not has_place and (images == 1 or name in ("caption", "captions"))
             return _Content("caption" if is_caption else "text", text, name)
     return None
+
+
+def first_caption(captions: Iterable[object], name: str) -> str:
+    """The first of several captions that is not empty. Raises `DataError`, which names the field, where all are."""
+    for caption in captions:
+        if isinstance(caption, str) and caption.strip():
+            check_text(caption, name)
+            return caption.strip()
+    raise DataError(f"{name}: it is empty")
 
 
 def _refuse_content(fields: Mapping[str, Any]) -> NoReturn:
@@ -208,6 +241,8 @@ def _turns(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
         if not isinstance(role, str) or role not in _ROLES:
             raise DataError(f"{where}.{role_name}: {to_unicode(repr(role))} is none of {', '.join(_ROLES)}")
         text = _turn_text(turn.get(content_name), f"{where}.{content_name}")
+        if role == "system" and not text.strip():
+            continue
         check_text(text, f"{where}.{content_name}")
         messages.append(Message(_ROLES[role], text))
     return tuple(messages)
@@ -252,11 +287,18 @@ def _list(value: object, where: str) -> list[Any] | tuple[Any, ...]:
 def _images(fields: Mapping[str, Any], resolve: Resolve | None) -> tuple[Picture | CodeGrid, ...]:
     if "vqcode_512" in fields:
         return tuple(_code_grids(fields["vqcode_512"]))
-    name = next((name for name in _IMAGES if name in fields), "image")
+    named = [name for name in _IMAGES if name in fields]
+    name = next((name for name in named if not _is_empty(fields[name])), None) or _file_name(fields)
+    name = name or next(iter(named), "image")
     value = fields.get(name, [])
     if isinstance(value, list | tuple):
         return tuple(_picture(element, f"{name}[{number}]", resolve) for number, element in enumerate(value))
     return (_picture(value, name, resolve),)
+
+
+def _file_name(fields: Mapping[str, Any]) -> str | None:
+    """The field that names a picture's file; in rows of documents the same names are those of other files."""
+    return next((name for name in _FILES if isinstance(fields.get(name), str) and is_picture_name(fields[name])), None)
 
 
 def _picture(value: object, where: str, resolve: Resolve | None) -> Picture:

@@ -13,7 +13,7 @@ from uni_x.data.readers.lines import parse_object, read_lines, too_long
 from uni_x.data.readers.parts import Resolve, reject_rest, to_unicode
 from uni_x.data.schema import Load, Part, Rejection, check_text, is_unicode
 from uni_x.errors import DataError
-from uni_x.pictures import PICTURE_SUFFIXES
+from uni_x.pictures import is_picture_name
 
 TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
 """Names of tables at the top of a folder of pictures."""
@@ -26,7 +26,8 @@ def picture_folder(folder: Path, source: str) -> Part | None:
     """The pictures of a folder, subfolders included, whose captions stand beside them; None where there are none.
 
     The caption of `cat.jpg` stands in `cat.txt` (UTF-8), or in `cat.json` as the fields of a row. Rows are sorted by
-    path, and their ids are the paths inside the folder. A caption without a picture is a row too, which is rejected.
+    path, and their ids are the paths inside the folder. What cannot be used is a row too, which is rejected: a caption
+    without a picture, a picture of a format that is not read, and a symbolic link that leads outside the folder.
     """
     entries = _find_entries(folder)
     if not any(entry.picture for entry in entries):
@@ -43,17 +44,22 @@ def table_folder(folder: Path, table: str, source: str, resolve: Resolve) -> Par
     return Part(table, lambda: reject_rest(table, read(folder / table, table, source, resolve)))
 
 
-def directories(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The directories in a folder, itself first, by their paths inside it, each with the names of its files."""
+def directories(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """The directories in a folder, itself first, by their paths inside it.
+
+    Each comes with the names of its files, and of its links to directories, which are not followed.
+    """
     for directory, subfolders, names in os.walk(folder):
         # Hidden files are litter of file managers, such as the "._cat.jpg" of macOS.
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield Path(directory).relative_to(folder), [name for name in names if not name.startswith(".")]
+        path = Path(directory)
+        links = [name for name in subfolders if (path / name).is_symlink()]
+        yield path.relative_to(folder), [name for name in names if not name.startswith(".")], links
 
 
 def picture_stems(names: Iterable[str]) -> set[str]:
     """The names of the pictures among files, without their suffixes."""
-    return {stem for stem, suffix in map(os.path.splitext, names) if suffix.lower() in PICTURE_SUFFIXES}
+    return {os.path.splitext(name)[0] for name in names if is_picture_name(name)}
 
 
 def has_captions(names: Collection[str]) -> bool:
@@ -63,7 +69,7 @@ def has_captions(names: Collection[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A picture with its caption, as paths inside the folder; either may be missing."""
+    """A picture, or a link to a directory, with its caption, as paths inside the folder; either may be missing."""
 
     picture: str | None
     caption: str | None
@@ -83,25 +89,36 @@ def _captions(names: Iterable[str]) -> dict[str, str]:
 
 def _find_entries(folder: Path) -> list[_Entry]:
     entries = []
-    for inside, names in directories(folder):
+    root = Path(os.path.realpath(folder))
+    for inside, names, links in directories(folder):
         captions = _captions(names)
         lonely = captions.keys() - picture_stems(names)
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in PICTURE_SUFFIXES:
-                caption = captions.get(stem)
+            if is_picture_name(name):
+                caption = captions.get(os.path.splitext(name)[0])
                 entries.append(_Entry((inside / name).as_posix(), caption and (inside / caption).as_posix()))
         entries += [_Entry(None, (inside / captions[stem]).as_posix()) for stem in lonely]
+        # What a link to a directory of the same folder holds is found where it lies.
+        leaving = [name for name in links if not _is_inside(root, folder / inside / name)]
+        entries += [_Entry((inside / name).as_posix(), None) for name in leaving]
     return sorted(entries, key=lambda entry: entry.path.split("/"))
 
 
+def _is_inside(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(root)
+
+
 def _rows(folder: Path, entries: list[_Entry], source: str) -> Iterator[Load]:
+    root = Path(os.path.realpath(folder))
     for entry in entries:
-        yield partial(load_fields, partial(_beside, folder, entry), to_unicode(entry.path), source, None)
+        yield partial(load_fields, partial(_beside, folder, root, entry), to_unicode(entry.path), source, None)
 
 
-def _beside(folder: Path, entry: _Entry) -> Mapping[str, Any]:
-    """The fields of a picture's row, from the file beside it."""
+def _beside(folder: Path, root: Path, entry: _Entry) -> Mapping[str, Any]:
+    """The fields of a picture's row, from the file beside it; `root` is the folder with its links followed."""
+    for name in (entry.picture, entry.caption):
+        if name is not None and not _is_inside(root, folder / name):
+            raise DataError(f"a symbolic link that leads outside the folder is not followed: {to_unicode(name)}")
     if entry.picture is None:
         raise DataError("no picture stands beside the caption")
     picture = folder / entry.picture
@@ -109,7 +126,7 @@ def _beside(folder: Path, entry: _Entry) -> Mapping[str, Any]:
         raise DataError(f"the caption is missing: {picture.stem}.txt")
     caption = folder / entry.caption
     if caption.suffix.lower() == ".json":
-        return {**_without(parse_object(caption.read_bytes()), "images"), "image": picture}
+        return {**parse_object(caption.read_bytes()), "images": [picture]}
     return {"image": picture, "caption": _read_caption(caption)}
 
 
@@ -171,8 +188,4 @@ def _listed(read: Callable[[], Mapping[str, Any]], resolve: Resolve) -> Mapping[
     column = next((name for name in _FILE_COLUMNS if isinstance(fields.get(name), str) and fields[name]), None)
     if column is None:
         raise DataError(f"no file name in it (column {' or '.join(_FILE_COLUMNS)})")
-    return {**_without(fields, column, "images"), "image": resolve(fields[column])}
-
-
-def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
+    return {**fields, "images": [resolve(fields[column])]}

@@ -99,7 +99,7 @@ def _files_by_kind(names: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _is_captioned(folder: Path, names: Iterable[str]) -> bool:
-    return not set(TABLES).isdisjoint(names) or any(has_captions(inside) for _, inside in directories(folder))
+    return not set(TABLES).isdisjoint(names) or any(has_captions(files) for _, files, _ in directories(folder))
 
 
 def _with_table(found: Found, names: Iterable[str]) -> Found:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uni_x.data.readers.fields import load_fields
+from uni_x.data.readers.fields import first_caption, load_fields
 from uni_x.data.readers.lines import parse_json, read_lines, too_long
 from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load, Rejection
@@ -120,7 +120,7 @@ def _fields(line: bytes, columns: _Columns, as_json: bool) -> dict[str, Any]:
     return {
         "id": None if columns.id is None else _to_text(cells[columns.id]),
         "image": _to_picture(cells[columns.image]),
-        "caption": _first_caption(parse_json(caption)) if as_json else _to_text(caption),
+        "caption": _caption(parse_json(caption)) if as_json else _to_text(caption),
     }
 
 
@@ -141,11 +141,7 @@ def _to_picture(cell: bytes) -> bytes:
         raise DataError("the picture is not valid base64") from None
 
 
-def _first_caption(value: object) -> str:
+def _caption(value: object) -> str:
     if isinstance(value, dict):
         value = next((value[name] for name in ("caption", "text", "captions", "texts") if value.get(name)), None)
-    captions = value if isinstance(value, list) else [value]
-    for caption in captions:
-        if isinstance(caption, str) and caption.strip():
-            return caption.strip()
-    raise DataError("caption: it is empty")
+    return first_caption(value if isinstance(value, list) else [value], "caption")

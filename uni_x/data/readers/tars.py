@@ -14,19 +14,25 @@ from uni_x.data.readers.lines import parse_object
 from uni_x.data.readers.parts import Resolve, reject_rest, to_unicode
 from uni_x.data.schema import Load
 from uni_x.errors import DataError
-from uni_x.pictures import PICTURE_SUFFIXES
+from uni_x.pictures import is_picture_name
 
 _TEXTS = ("txt", "caption")
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """Where the content of a member stands in the tar."""
+    """Where the content of a member stands in the tar.
+
+    Attributes:
+        extension: all behind the first dot of the base name.
+        unusable: why it cannot be read, where it cannot.
+    """
 
     key: str
-    extension: str  # all behind the first dot of the base name
+    extension: str
     offset: int
     size: int
+    unusable: str | None
 
 
 def tar_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
@@ -52,9 +58,10 @@ def _members(path: Path) -> Iterator[_Member]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # they would pile up
                 directory, slash, name = member.name.rpartition("/")
-                key, dot, extension = name.partition(".")
-                if member.isreg() and not member.issparse() and key and dot:
-                    yield _Member(f"{directory}{slash}{key}", extension.lower(), member.offset_data, member.size)
+                key, _, extension = name.partition(".")
+                if key and not member.isdir():  # hidden files are litter of file managers
+                    place = (member.offset_data, member.size)
+                    yield _Member(f"{directory}{slash}{key}", extension.lower(), *place, _why_unusable(member))
                 if member.offset_data + member.size > size:  # a row before it is whole, its own is not
                     raise DataError(f"the tar breaks off in {to_unicode(member.name)}")
             _check_end(path, tar.offset)
@@ -62,6 +69,15 @@ def _members(path: Path) -> Iterator[_Member]:
         raise
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"not a whole tar ({error})") from None
+
+
+def _why_unusable(member: tarfile.TarInfo) -> str | None:
+    name = to_unicode(member.name)
+    if member.islnk() or member.issym():
+        return f"links in a tar are not followed; pack the file itself: {name}"
+    if not member.isreg() or member.issparse():
+        return f"no plain file: {name}"
+    return None if "." in name.rpartition("/")[2] else f"nothing in its name says what it is, such as .jpg: {name}"
 
 
 def _check_end(path: Path, offset: int) -> None:
@@ -73,12 +89,14 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
+    if unusable := next((member.unusable for member in members if member.unusable), None):
+        raise DataError(unusable)
     extensions = [member.extension for member in members]
     for number, extension in enumerate(extensions):
         if extension in extensions[:number]:
             raise DataError(f"two members of the row end in .{extension}")
     pictures = sorted(
-        (member for member in members if f".{member.extension}".endswith(tuple(PICTURE_SUFFIXES))),
+        (member for member in members if is_picture_name(f"_.{member.extension}")),
         key=lambda member: _natural_order(member.extension),
     )
     text = next((member for name in _TEXTS for member in members if member.extension == name), None)
@@ -92,8 +110,7 @@ def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
         if text is not None:
             return {**images, "caption": _decode(_read(stream, text))}
         assert fields is not None
-        found = parse_object(_read(stream, fields))
-        return {**{name: value for name, value in found.items() if not pictures or name != "image"}, **images}
+        return {**parse_object(_read(stream, fields)), **images}
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
