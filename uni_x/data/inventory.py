@@ -66,7 +66,7 @@ def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[t
         yield from ((found.folder / file, file) for file in found.files)
         return
     left_out = None if leave_out is None else leave_out.resolve()
-    for inside, names in directories(found.folder):
+    for inside, names, _ in directories(found.folder):
         folder = found.folder / inside
         if left_out is not None and folder.resolve().is_relative_to(left_out):
             continue
