@@ -89,7 +89,7 @@ def read_model_config(path: str | Path) -> UniXConfig:
     """
     file = Path(path) / "config.json"
     if (Path(path) / "model" / "config.json").is_file():
-        raise DataError(f"{path}: is a run folder; its model is {Path(path) / 'model'}")
+        raise DataError(f"{path}: not a model folder but that of a run; its model is {Path(path) / 'model'}")
     if not file.is_file():
         raise DataError(f"{path}: not a model folder (it has no config.json); `uni-x train` and `uni-x init` make one")
     try:
