@@ -382,7 +382,7 @@ RECIPE = "data: {sources: [{path: absent}]}\ntrainer: {max_steps: 2}\n"
         (RECIPE, ["trainer.eval_strategy=steps"], "trainer"),
         (RECIPE, ["trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={num_cycle: 1}"], "num_cycle"),
         (RECIPE, ["seed=5000000000"], "seed: Input should be less than 4294967296"),
-        (RECIPE, ["trainer.output_dir=x"], "trainer.output_dir: the recipe settles this elsewhere"),
+        (RECIPE, ["trainer.output_dir=x"], "trainer.output_dir: run says where everything goes"),
         (RECIPE, ["device=tpu9"], "device 'tpu9' cannot be used here"),
         (RECIPE, [], "absent"),
         ("run: x", [], "the key 'data' is missing"),
