@@ -159,7 +159,7 @@ def test_two_processes_stop_together_and_tell_once(recipe: Path) -> None:
     assert wrong.returncode == 1
     assert wrong.stderr.count("unknown key 'optimizer.lerning_rate'") == 1
 
-    odd = finish(command(recipe, "odd", "optimizer.learning_rate=1e30", processes=2))
+    odd = finish(command(recipe, "odd", "optimizer.learning_rate=1e30", "optimizer.weight_decay=0.0", processes=2))
     assert odd.returncode == 1
     lines = [line for line in odd.stderr.splitlines() if "the loss is" in line]
     assert lines, odd.stderr[-3000:]
