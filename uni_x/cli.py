@@ -155,7 +155,10 @@ def data_check(
     ] = None,
     benchmark: Annotated[
         list[Path] | None,
-        typer.Option(help="File of prompts or questions (.txt, .jsonl, .tsv, .parquet) that must not be in the data."),
+        typer.Option(
+            help="File of prompts or questions (.txt, .json, .jsonl, .tsv, .parquet), or folder of .txt files, that "
+            "must not be in the data."
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="At most so many rows are named of each kind of finding.")] = 5,
 ) -> None:

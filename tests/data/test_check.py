@@ -415,6 +415,28 @@ def test_benchmarks_are_read_from_tables(tmp_path, benchmark):
     assert texts.find("x") is None
 
 
+def test_benchmarks_are_read_from_json_lists_and_folders_of_texts(tmp_path, benchmark):
+    strings = benchmark("strings.json", '["a cat", "a dog"]')
+    objects = benchmark("objects.json", '[{"prompt": "a cow", "id": "a pig"}, {"id": 1}]')
+    (folder := tmp_path / "prompts").mkdir()
+    benchmark("prompts/0.txt", "\ufeffa red heart\nleft of a car\n")
+    benchmark("prompts/1.txt", "a sea")
+    benchmark("prompts/notes.md", "a hill")
+    texts = BenchmarkTexts([strings, objects, folder])
+    found = {text: match and match.where for text in ("a cat", "a dog", "a cow") if (match := texts.find(text))}
+    assert found == {
+        "a cat": "strings.json, element 0",
+        "a dog": "strings.json, element 1",
+        "a cow": "objects.json, element 0",
+    }
+    assert texts.find("A red heart left of a car.").where == "prompts, 0.txt"
+    assert texts.find("a sea").where == "prompts, 1.txt"
+    assert texts.find("a hill") is texts.find("a pig") is None
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no text in it; looked for files that end in \.txt"):
+        BenchmarkTexts([empty])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -430,6 +452,9 @@ def test_benchmarks_are_read_from_tables(tmp_path, benchmark):
         ),
         ("a.tsv", "index\tprompt\n0\ta\tb\n", DataError, "not tab-separated rows under a header"),
         ("a.parquet", "no", DataError, "not a whole Parquet file"),
+        ("a.json", "[", DataError, "not valid JSON"),
+        ("a.json", '{"prompt": "a"}', DataError, "a JSON list of texts or objects is needed, not dict"),
+        ("a.json", '["a", 1]', DataError, "element 1: a text or an object is needed, not int"),
     ],
 )
 def test_benchmarks_that_cannot_be_read_are_errors(benchmark, name, content, error, message):
@@ -490,6 +515,39 @@ def test_folders_of_different_image_tokenizers_are_told_apart(encoded, tmp_path,
     assert (last.ok, last.lines) == (True, (message,))
 
 
+def test_what_folders_have_in_common_names_both(encoded_folder, make_image):
+    def captions(*numbers):
+        return [Sample(f"{number}", (make_image(number),), caption=f"star {number}") for number in numbers]
+
+    first = encoded_folder(captions(*range(12)), "first")
+    empty = encoded_folder([], "empty")
+    others = [Sample("11", (make_image(),), caption="a sun"), Sample("moon", (make_image(3),), caption="star 3")]
+    second = encoded_folder([*captions(20, 20), *others], "second")
+    assert check(second).findings[0].count == 1
+    empty.joinpath("part-00000.parquet").write_bytes(b"cut off")
+    *_, last, _ = check_folders([first, empty, second])
+    assert (last.ok, list(last.lines)) == (
+        True,
+        [
+            "all folders together",
+            "  remark: samples with the id of one in an earlier folder: 1",
+            f"    {second}/part-00000.parquet, row 2 ('11'): it has the id of {first}/part-00001.parquet, row 1",
+            "  remark: samples with the texts and codes of one in an earlier folder: 1",
+            f"    {second}/part-00000.parquet, row 3 ('moon'): it has the texts and codes of "
+            f"{first}/part-00000.parquet, row 3",
+        ],
+    )
+
+
+def test_rows_without_an_id_do_not_repeat_those_of_another_folder(stored, tmp_path):
+    folder = stored(captioned(None, "a star"))
+    shutil.copytree(folder, other := tmp_path / "other")
+    lines = [line for checked in check_folders([folder, other]) for line in checked.lines]
+    assert [line.partition(":")[2] for line in lines if "earlier folder" in line] == [
+        " samples with the texts and codes of one in an earlier folder: 1"
+    ]
+
+
 def test_the_command_exits_with_1_for_errors_and_0_for_remarks(uni_x, stored, benchmark):
     """And tells of every folder."""
     folder = stored(captioned("a"), captioned("b"))
@@ -497,4 +555,4 @@ def test_the_command_exits_with_1_for_errors_and_0_for_remarks(uni_x, stored, be
     assert (code, out.splitlines()[-1]) == (0, "  no errors")
     prompts = benchmark("prompts.txt", "a red heart")
     code, out, _ = uni_x("data", "check", folder, folder, "--benchmark", prompts, "--examples", "1")
-    assert (code, out.count("error: samples with a text of a benchmark: 2"), out.count("and 1 more")) == (1, 2, 2)
+    assert (code, out.count("error: samples with a text of a benchmark: 2"), out.count("and 1 more")) == (1, 2, 4)

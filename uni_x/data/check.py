@@ -1,4 +1,4 @@
-"""Goes through a folder of Parquet shards and tells what is wrong with it, sample by sample.
+"""Goes through folders of Parquet shards and tells what is wrong with them, sample by sample.
 
 What `EncodedSamples` refuses at its first fault is gone through to the end here, a few hundred rows at a time: a fault
 is a finding, and so is a shard that cannot be read.
@@ -42,9 +42,12 @@ ERRORS = {
 REMARKS = {
     "id": "samples with the id of an earlier one",
     "content": "samples with the texts and codes of an earlier one",
+    "shared id": "samples with the id of one in an earlier folder",
+    "shared content": "samples with the texts and codes of one in an earlier folder",
 }
 """What may be as it should be."""
 KINDS = ERRORS | REMARKS
+_REPEATED = {"id": "id", "content": "texts and codes"}
 _ROWS_AT_ONCE = 256
 _ANY_CODEBOOK = 2**32
 _COLUMNS = ("id", "images", "caption", "messages", "text")
@@ -117,34 +120,72 @@ def check(
     benchmarks: Sequence[Path] = (),
     limit: int = 20,
 ) -> CheckReport:
-    """Goes through every sample of a folder; 16 bytes a sample stay in memory.
+    """Goes through every sample of one folder; see `FolderChecks`."""
+    return FolderChecks(codes=codes, benchmarks=benchmarks, limit=limit).check(folder)
+
+
+class FolderChecks:
+    """Checks of folders, one after the other, and of what is in several; 16 bytes a sample stay in memory.
 
     Args:
-        folder: written by `uni-x encode`, or others with shards of the same columns.
         codes: what the images are held against; None for the manifest's codebook, or any where there is none. Where
             the manifest names another image tokenizer, that alone is told, and not what follows from it.
         benchmarks: files of prompts or questions that no sample may hold (see `BenchmarkTexts`).
         limit: examples of each kind.
 
-    Raises `DataError` where there is no such folder, no shard in it, or a benchmark's file cannot be read.
+    Raises `DataError` where a benchmark's file cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'a file, not a folder of shards' if folder.is_file() else 'no such folder'}")
-    paths = shard_paths(folder)
-    if not paths:
-        raise no_shards(folder)
-    faults = _Faults(limit)
-    manifest = _read_manifest(folder, faults)
-    samples = _Samples(faults, _expected_codes(manifest, codes, faults), BenchmarkTexts(benchmarks))
-    for path in paths:
-        samples.go_through(path)
-    samples.report_repeats()
-    if not faults.has("unreadable"):
-        if manifest is not None and manifest["finished"]:
-            _check_counts(folder, manifest, paths, faults)
-        if not samples.count:
-            faults.add("empty", Example(f"{REJECTS} says why" if _has_rejects(folder) else "nothing was encoded"))
-    return CheckReport(folder, len(paths), samples.count, samples.images, faults.findings())
+
+    def __init__(self, *, codes: Codes | None = None, benchmarks: Sequence[Path] = (), limit: int = 20):
+        self._codes = codes
+        self._benchmarks = BenchmarkTexts(benchmarks)
+        self._limit = limit
+        self._checked: list[_Samples] = []
+
+    def check(self, folder: Path) -> CheckReport:
+        """Goes through every sample of a folder that `uni-x encode` wrote, or of others with the same columns.
+
+        Raises `DataError` where there is no such folder, or no shard in it.
+        """
+        if not folder.is_dir():
+            raise DataError(f"{folder}: {'a file, not a folder of shards' if folder.is_file() else 'no such folder'}")
+        paths = shard_paths(folder)
+        if not paths:
+            raise no_shards(folder)
+        faults = _Faults(self._limit)
+        manifest = _read_manifest(folder, faults)
+        before = sum(samples.count for samples in self._checked)
+        samples = _Samples(faults, _expected_codes(manifest, self._codes, faults), self._benchmarks, before)
+        for path in paths:
+            samples.go_through(path)
+        samples.report_repeats()
+        self._checked.append(samples)
+        if not faults.has("unreadable"):
+            if manifest is not None and manifest["finished"]:
+                _check_counts(folder, manifest, paths, faults)
+            if not samples.count:
+                faults.add("empty", Example(f"{REJECTS} says why" if _has_rejects(folder) else "nothing was encoded"))
+        return CheckReport(folder, len(paths), samples.count, samples.images, faults.findings())
+
+    def shared(self) -> tuple[Finding, ...]:
+        """What folders have in common with those that were checked before them; examples name shards by their paths."""
+        if len(self._checked) < 2:
+            return ()
+        faults = _Faults(self._limit)
+        starts = np.array([samples.before for samples in self._checked])
+        for kind, words in _REPEATED.items():
+            repeats = _Digests.joined([samples.digests[kind] for samples in self._checked]).repeats()
+            # As shards without rows, folders without samples start where the next one does.
+            folders = np.searchsorted(starts, repeats, side="right") - 1  # (repeats, 2)
+            across = folders[:, 0] != folders[:, 1]
+            pairs = zip(repeats[across].tolist(), folders[across].tolist(), strict=True)
+            for (position, first), (folder, earlier) in itertools.islice(pairs, self._limit):
+                path, row = self._checked[folder].place(position - int(starts[folder]))
+                before, first_row = self._checked[earlier].place(first - int(starts[earlier]))
+                message = f"it has the {words} of {before}, row {first_row}"
+                faults.add(f"shared {kind}", Example(message, str(path), row, _read_id(path, row)))
+            faults.add_unnamed(f"shared {kind}", max(0, int(across.sum()) - self._limit))
+        return faults.findings()
 
 
 class _Faults:
@@ -172,17 +213,17 @@ class _Faults:
 
 @dataclass
 class _Samples:
-    """The samples of all shards, gone through one after the other."""
+    """The samples of all shards of a folder, gone through one after the other."""
 
     faults: _Faults
     codes: Codes
     benchmarks: BenchmarkTexts
+    before: int  # samples of the folders before this one
     count: int = 0
     images: int = 0
     _paths: list[Path] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
-    _ids: _Digests = field(default_factory=lambda: _Digests())
-    _contents: _Digests = field(default_factory=lambda: _Digests())
+    digests: dict[str, _Digests] = field(default_factory=lambda: {kind: _Digests() for kind in _REPEATED})
 
     def go_through(self, path: Path) -> None:
         self._paths.append(path)
@@ -195,16 +236,17 @@ class _Samples:
 
     def report_repeats(self) -> None:
         """Reports what is there twice, once the last shard has been gone through."""
-        for kind, words, digests in (("id", "id", self._ids), ("content", "texts and codes", self._contents)):
-            repeats = digests.repeats()
+        for kind, words in _REPEATED.items():
+            repeats = self.digests[kind].repeats()
             for position, first in repeats[: self.faults.limit].tolist():
-                before, first_row = self._place(first)
-                path, row = self._place(position)
+                before, first_row = self.place(first)
+                path, row = self.place(position)
                 message = f"it has the {words} of {before.name}, row {first_row}"
                 self.faults.add(kind, Example(message, path.name, row, _read_id(path, row)))
             self.faults.add_unnamed(kind, max(0, len(repeats) - self.faults.limit))
 
-    def _place(self, position: int) -> tuple[Path, int]:
+    def place(self, position: int) -> tuple[Path, int]:
+        """The shard of a sample, and its row there."""
         # An unreadable shard has no rows, so that the next one starts where it does; the last of them has the row.
         shard = bisect.bisect_right(self._starts, position) - 1
         return self._paths[shard], position - self._starts[shard]
@@ -223,8 +265,9 @@ class _Samples:
                 report("benchmark", f"{name}: it {'holds' if match.inside else 'is'} the text of {match.where}")
                 break
         # what has no id repeats none
-        self._ids.add(str(self.count).encode() if row.id is None else b"\0" + _utf8(row.id))
-        self._contents.add(row.content())
+        number_of_all = str(self.before + self.count).encode()
+        self.digests["id"].add(number_of_all if row.id is None else b"\0" + _utf8(row.id))
+        self.digests["content"].add(row.content())
         self.count += 1
         self.images += len(row.images)
 
@@ -237,6 +280,14 @@ class _Digests:
 
     def add(self, value: bytes) -> None:
         self._digests.frombytes(hashlib.blake2b(value, digest_size=8).digest())
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Digests]) -> _Digests:
+        """Those of all parts, one after the other."""
+        whole = cls()
+        for part in parts:
+            whole._digests.extend(part._digests)
+        return whole
 
     def repeats(self) -> np.ndarray:
         """Positions of values that were there before, each with the first position of its value: (repeats, 2)."""
@@ -455,6 +506,11 @@ def _check_counts(folder: Path, manifest: dict[str, Any], paths: Sequence[Path],
         if counts.get(name) != count:
             faults.add("manifest", Example(f"{counts.get(name)} rows were {name} by {MANIFEST}, {count} by the shards"))
     rejects = folder / REJECTS
-    lines = rejects.read_bytes().count(b"\n") if rejects.is_file() else 0
+    lines = _count_lines(rejects) if rejects.is_file() else 0
     if lines != found["rejected"]:
         faults.add("manifest", Example(f"{found['rejected']:,} rows were rejected, {REJECTS} has {lines:,}"))
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)

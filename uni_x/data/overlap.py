@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uni_x.data.readers.lines import LINE_LIMIT, parse_object, read_lines
+from uni_x.data.readers.lines import LINE_LIMIT, parse_json, parse_object, read_lines
 from uni_x.data.schema import IMAGE_PLACEHOLDER
 from uni_x.errors import DataError, UsageError
 
@@ -35,8 +35,9 @@ class Match:
 class BenchmarkTexts:
     """The texts of some benchmark files, in memory.
 
-    A `.txt` file has a text a line. Of the columns of `.tsv` and `.parquet` files and the fields of `.jsonl` files
-    those of `FIELDS` count.
+    A `.txt` file has a text a line, a folder a text in each of its `.txt` files, and a `.json` file is a list of texts
+    or of objects. Of the fields of objects, there and in `.jsonl` files, and of the columns of `.tsv` and `.parquet`
+    files those of `FIELDS` count.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -94,15 +95,17 @@ def _is_long(words: tuple[str, ...]) -> bool:
 
 
 def _looked_for(path: Path) -> str:
+    if path.is_dir():
+        return "files that end in .txt"
     return "lines of text" if path.suffix.lower() == ".txt" else ", ".join(FIELDS)
 
 
 def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """The texts of a benchmark file, each with its place in it."""
-    reader = _READERS.get(path.suffix.lower())
+    """The texts of a benchmark's file or folder, each with its place in it."""
+    reader = _folder_rows if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path}: a benchmark's file ends in one of {', '.join(_READERS)}")
-    if not path.is_file():
+        raise UsageError(f"{path}: a benchmark's file ends in one of {', '.join(_READERS)}, or it is a folder of .txt")
+    if not path.exists():
         raise DataError(f"{path}: no such file")
     try:
         for where, row in reader(path):
@@ -118,12 +121,33 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         yield f"line {number}", line
 
 
+def _folder_rows(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".txt" and not path.name.startswith("."):
+            yield path.name, {"text": _decode(path.read_bytes(), path.name)}
+
+
 def _text_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for where, line in _lines(path):
-        try:
-            yield where, {"text": line.decode("utf-8")}
-        except UnicodeDecodeError:
-            raise DataError(f"{where}: not valid UTF-8") from None
+        yield where, {"text": _decode(line, where)}
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not valid UTF-8") from None
+
+
+def _json_list_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    elements = parse_json(path.read_bytes())
+    if not isinstance(elements, list):
+        raise DataError(f"a JSON list of texts or objects is needed, not {type(elements).__name__}")
+    for number, element in enumerate(elements):
+        where = f"element {number}"
+        if not isinstance(element, str | dict):
+            raise DataError(f"{where}: a text or an object is needed, not {type(element).__name__}")
+        yield where, {"text": element} if isinstance(element, str) else element
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -179,4 +203,10 @@ def _batch_rows(batches: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             number += 1
 
 
-_READERS = {".txt": _text_rows, ".jsonl": _json_rows, ".tsv": _tab_separated_rows, ".parquet": _parquet_rows}
+_READERS = {
+    ".txt": _text_rows,
+    ".jsonl": _json_rows,
+    ".tsv": _tab_separated_rows,
+    ".parquet": _parquet_rows,
+    ".json": _json_list_rows,
+}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uni_x.analysis.lengths import save_histogram
-from uni_x.data.check import KINDS, CheckReport, Codes, Finding, check
+from uni_x.data.check import KINDS, CheckReport, Codes, Finding, FolderChecks
 from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.stats import DataStatistics, FolderStatistics, TokenCounts, statistics
 from uni_x.errors import UsageError
@@ -52,9 +53,12 @@ def check_folders(
 
         tokenizer = load_image_tokenizer(image_tokenizer)
         codes = Codes(tokenizer.codebook_size, tokenizer.grid, tokenizer_fingerprint(tokenizer))
+    checks = FolderChecks(codes=codes, benchmarks=benchmarks, limit=examples)
     for folder in folders:
-        report = check(folder, codes=codes, benchmarks=benchmarks, limit=examples)
+        report = checks.check(folder)
         yield Checked(tuple(_describe_report(report)), report.ok)
+    if shared := checks.shared():
+        yield Checked(("all folders together", *chain.from_iterable(map(_describe_finding, shared))), ok=True)
     if codes is None:
         yield Checked(tuple(_describe_mixture(folders)), ok=True)
 
