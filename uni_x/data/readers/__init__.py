@@ -10,8 +10,18 @@ from functools import partial
 from pathlib import Path
 
 from uni_x.data.readers.folders import picture_folder, table_folder
-from uni_x.data.readers.hub import hub_dataset, saved_dataset
-from uni_x.data.readers.kinds import DATASET, KNOWN, PICTURES, Found, kind_of_file, kind_of_folder
+from uni_x.data.readers.hub import hub_dataset, local_repository, saved_dataset
+from uni_x.data.readers.kinds import (
+    DATASET,
+    KNOWN,
+    PICTURES,
+    REPOSITORY,
+    Found,
+    choose_split,
+    is_file_name,
+    kind_of_file,
+    kind_of_folder,
+)
 from uni_x.data.readers.lines import json_rows
 from uni_x.data.readers.parquet import parquet_rows
 from uni_x.data.readers.parts import PictureFinder, Resolve, SourceOptions, to_unicode
@@ -30,8 +40,8 @@ _READERS: dict[str, Callable[[Path, str, str, Resolve | None], Iterator[Load]]] 
     "jsonl": json_rows,
     "json": json_rows,
 }
-_NAME_PICTURES = ("parquet", "jsonl", "json")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_NAME_PICTURES = ("parquet", "jsonl", "json", REPOSITORY)
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
@@ -54,21 +64,26 @@ def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
         if path.suffix == ".parquet":
             _refuse_encoded(path.parent)
         return _open(kind_of_file(path), to_unicode(Path(path.name.removesuffix(".gz")).stem), shown, options)
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+    folder, _, config = name.rpartition(":")
+    if folder and Path(folder).is_dir():
+        return _open(Found(REPOSITORY, Path(folder)), to_unicode(Path(folder).resolve().name), shown, options, config)
+    if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name(name):
         _refuse_pictures(shown, options)
         return hub_dataset(name, options)
     raise DataError(f"{shown}: no such file or folder (a source is {KNOWN})")
 
 
-def _open(found: Found, source: str, shown: str, options: SourceOptions) -> list[Part]:
+def _open(found: Found, source: str, shown: str, options: SourceOptions, config: str = "") -> list[Part]:
     names_pictures = found.kind in _NAME_PICTURES or (found.kind == PICTURES and found.files)
     if not names_pictures:
         _refuse_pictures(shown, options)
     if found.kind == DATASET:
         return saved_dataset(found.folder, options, source)
-    if options.split is not None:
-        raise DataError(f"{shown}: has no splits, as it is no data set of the library datasets; leave --split out")
     resolve = PictureFinder(*(folder for folder in (found.folder, options.pictures) if folder))
+    if found.kind == REPOSITORY:
+        return local_repository(found.folder, config, options, source, resolve)
+    if options.split is not None or found.kind != PICTURES:
+        found = choose_split(found, options.split)
     if found.kind == PICTURES and found.files:
         return [table_folder(found.folder, table, source, resolve) for table in found.files]
     if found.kind == PICTURES:
