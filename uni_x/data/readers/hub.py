@@ -37,8 +37,10 @@ def saved_dataset(folder: Path, options: SourceOptions, source: str) -> list[Par
 def hub_dataset(name: str, options: SourceOptions) -> list[Part]:
     """A dataset of the hub by its id, with its configuration behind a colon: `owner/name:config`."""
     repository, _, config = name.partition(":")
-    missing = f"{name}: no such file or folder, "
-    dataset = _load(repository, config, options, f"{missing}and a dataset of the hub", f"{missing}nor a dataset of the hub")
+    missing = f"{name}: no such file or folder"
+    dataset = _load(
+        repository, config, options, f"{missing}, and a dataset of the hub", f"{missing}, nor a dataset of the hub"
+    )
     return _parts(dataset, options.split or _DEFAULT_SPLIT, repository, _cached_file)
 
 
