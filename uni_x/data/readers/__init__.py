@@ -33,14 +33,12 @@ from uni_x.errors import DataError
 
 __all__ = ["SourceOptions", "open_source"]
 
-_READERS: dict[str, Callable[[Path, str, str, Resolve | None], Iterator[Load]]] = {
-    "tar": tar_rows,
+_HOLDING_PICTURES: dict[str, Callable[[Path, str, str], Iterator[Load]]] = {"tar": tar_rows, "tsv": table_rows}
+_NAMING_PICTURES: dict[str, Callable[[Path, str, str, Resolve], Iterator[Load]]] = {
     "parquet": parquet_rows,
-    "tsv": table_rows,
     "jsonl": json_rows,
     "json": json_rows,
 }
-_NAME_PICTURES = ("parquet", "jsonl", "json", REPOSITORY)
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
@@ -74,7 +72,7 @@ def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
 
 
 def _open(found: Found, source: str, shown: str, options: SourceOptions, config: str = "") -> list[Part]:
-    names_pictures = found.kind in _NAME_PICTURES or (found.kind == PICTURES and found.files)
+    names_pictures = found.kind in (*_NAMING_PICTURES, REPOSITORY) or (found.kind == PICTURES and found.files)
     if not names_pictures:
         _refuse_pictures(shown, options)
     if found.kind == DATASET:
@@ -91,9 +89,12 @@ def _open(found: Found, source: str, shown: str, options: SourceOptions, config:
         if pictures is None:
             raise DataError(f"{shown}: nothing to read in it (a source is {KNOWN})")
         return [pictures]
-    read = _READERS[found.kind]
     names = [(found.folder / file, to_unicode(file)) for file in found.files]
-    return [Part(part, partial(read, file, part, source, resolve if names_pictures else None)) for file, part in names]
+    if found.kind in _HOLDING_PICTURES:
+        hold = _HOLDING_PICTURES[found.kind]
+        return [Part(part, partial(hold, file, part, source)) for file, part in names]
+    read = _NAMING_PICTURES[found.kind]
+    return [Part(part, partial(read, file, part, source, resolve)) for file, part in names]
 
 
 def _refuse_pictures(shown: str, options: SourceOptions) -> None:

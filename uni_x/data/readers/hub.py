@@ -9,9 +9,10 @@ from typing import Any
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.parts import Resolve, SourceOptions, reject_rest, to_unicode
 from uni_x.data.schema import Load, Part
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 _ROWS_A_PART = 10_000
+_REASON_LIMIT = 300  # characters: the library tells long stories
 _DEFAULT_SPLIT = "train"
 
 
@@ -21,7 +22,7 @@ def saved_dataset(folder: Path, options: SourceOptions, source: str) -> list[Par
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library lets all that its many readers raise through
-        raise DataError(f"{folder}: not a saved dataset that can be read ({_first_line(error)})") from None
+        raise DataError(f"{folder}: not a saved dataset that can be read ({_reason(error)})") from None
     split = options.split or _DEFAULT_SPLIT
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
@@ -57,7 +58,7 @@ def _load(repository: str, config: str, options: SourceOptions, needing: str, re
     try:
         return datasets.load_dataset(repository, config or None, split=split, streaming=options.streaming)
     except Exception as error:  # as above
-        raise DataError(f"{refusal} with a split {split!r} that can be read ({_first_line(error)})") from None
+        raise DataError(f"{refusal} with a split {split!r} that can be read ({_reason(error)})") from None
 
 
 def _library(needing: str) -> Any:
@@ -95,7 +96,7 @@ def _stored_fields(dataset: Any, number: int) -> Mapping[str, Any]:
     try:
         return _to_fields(dataset[number])
     except Exception as error:  # as above
-        raise DataError(f"it cannot be read ({_first_line(error)})") from None
+        raise DataError(f"it cannot be read ({_reason(error)})") from None
 
 
 def _streamed_rows(dataset: Any, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
@@ -110,7 +111,7 @@ def _stream(dataset: Any, part: str, source: str, resolve: Resolve) -> Iterator[
         except StopIteration:
             return
         except Exception as error:  # as above
-            raise DataError(f"it cannot be read ({_first_line(error)})") from None
+            raise DataError(f"it cannot be read ({_reason(error)})") from None
         yield partial(load_fields, partial(_to_fields, row), f"{part}:{number}", source, resolve)
 
 
@@ -133,7 +134,7 @@ def _with_bytes(value: Any) -> Any:
             with fsspec.open(value["path"], "rb") as stream:
                 return {"bytes": stream.read(), "path": None}
         except Exception as error:  # as above
-            raise DataError(f"a picture cannot be fetched ({_first_line(error)})") from None
+            raise DataError(f"a picture cannot be fetched ({_reason(error)})") from None
     return value
 
 
@@ -153,6 +154,5 @@ def _cached_file(path: str) -> Path:
     return file
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return to_unicode(lines[0]) if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    return to_unicode(one_line(error, _REASON_LIMIT))
