@@ -42,3 +42,8 @@ class MissingExtraError(UniXError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"this needs the package {package}: install it with `pip install 'uni-x[{extra}]'`")
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """What an error of a library says, as one line of at most `limit` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

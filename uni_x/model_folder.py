@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 from uni_x.images import ImageTokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.runs import writing_into
@@ -101,7 +101,7 @@ def read_model_config(path: str | Path) -> UniXConfig:
     try:
         return UniXConfig(**tree)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{file}: {' '.join(str(error).split())}") from None
+        raise DataError(f"{file}: {one_line(error)}") from None
 
 
 def load_model(
@@ -176,4 +176,4 @@ def _loading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise DataError(f"{path}: cannot be loaded ({one_line(error, 300)})") from None

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from PIL import ExifTags, Image, ImageOps
 
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 Picture: TypeAlias = Image.Image | bytes | Path
 """A picture before encoding: decoded, the bytes of an image file, or the path of one."""
@@ -49,7 +49,7 @@ def open_picture(picture: Picture) -> Image.Image:
         raise DataError(f"the file is no picture of a format that is read ({', '.join(FORMATS)})") from None
     # Pillow's plugins raise nearly anything on corrupt data: struct.error, zlib.error, SyntaxError, IndexError ...
     except Exception as error:
-        detail = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        detail = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"the picture cannot be read ({detail})") from None
     if image.mode == "F":
         raise DataError("the picture has floating-point pixels, whose range is unknown")

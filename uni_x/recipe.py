@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from uni_x.errors import RecipeError, UsageError
+from uni_x.errors import RecipeError, UsageError, one_line
 
 DRAW_INSTRUCTIONS = (
     "\nDraw this.",
@@ -79,7 +79,7 @@ def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{path}: not valid YAML ({one_line(error)})") from None
     if tree is None:
         tree = {}
     if isinstance(tree, dict) and ("tokenizer" in tree) != ("tokenizer" in schema.model_fields):
@@ -319,7 +319,9 @@ class RenderOptions(Section):
     layout: Literal["uni-x", "published"] = "uni-x"
     """`published` is what the published checkpoints were trained on, where answers do not end."""
     template: str | None = None
-    """Of conversations: chatml, gemma, plain, vicuna, `tokenizer` for that of the text tokenizer, or a Jinja file."""
+    """Of conversations: chatml, gemma, plain, vicuna, `tokenizer` for that of the text tokenizer, or a Jinja file.
+
+    What holds `{{` or `{%` is no name, but Jinja itself."""
     vis_sep: SeparatorSection | None = None
 
     ignore_instruction: bool = True

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from uni_x.convert import BACKBONE_SIZES
 from uni_x.data.text_tokenizer import settle_special_tokens, special_ids
-from uni_x.errors import ConfigError, DataError, MissingExtraError
+from uni_x.errors import ConfigError, DataError, MissingExtraError, one_line
 from uni_x.images import ImageTokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model_folder import ModelFolder, refuse_incomplete
@@ -85,7 +85,7 @@ def load_base(source: str, dtype: torch.dtype | None = None) -> Base:
         if isinstance(error, ConfigError):
             raise
         nowhere = "" if Path(source).exists() else "no such folder, and as a model on the hub it "
-        raise DataError(f"{source}: {nowhere}cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise DataError(f"{source}: {nowhere}cannot be loaded ({one_line(error, 300)})") from None
     model, report = loaded
     refuse_incomplete(source, report["missing_keys"], report["unexpected_keys"])
     return Base(model.eval(), tokenizer)

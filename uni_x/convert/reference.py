@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from uni_x.convert import BACKBONE_SIZES
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model_folder import refuse_incomplete
 
@@ -51,9 +51,7 @@ def load_reference(folder: str | Path, image_token_offset: int | None = None) ->
     except KeyError as error:
         raise DataError(f"{folder / 'config.json'}: the key {error} is missing") from None
     except RuntimeError as error:
-        raise DataError(
-            f"{folder}: weights do not fit the configuration ({' '.join(str(error).split())[:300]})"
-        ) from None
+        raise DataError(f"{folder}: weights do not fit the configuration ({one_line(error, 300)})") from None
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     refuse_incomplete(folder, set(missing) - tied, unexpected)
     model.tie_weights()

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uni_x.data.readers.folders import TABLES, directories
-from uni_x.data.readers.kinds import DATASET, PICTURES, kind_of_file, kind_of_folder
-from uni_x.pictures import PICTURE_SUFFIXES
+from uni_x.data.readers.kinds import DATASET, PICTURES, REPOSITORY, kind_of_file, kind_of_folder
+from uni_x.pictures import is_picture_name
 
-_OF_PICTURES = {*PICTURE_SUFFIXES, ".txt", ".json"}
+_CAPTIONS = {".txt", ".json"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None
 def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
     """The files, each with its path inside the source."""
     found = kind_of_folder(source, kind) if source.is_dir() else kind_of_file(source)
-    if found.kind not in (PICTURES, DATASET):
+    if found.kind not in (PICTURES, DATASET, REPOSITORY):
         yield from ((found.folder / file, file) for file in found.files)
         return
     left_out = None if leave_out is None else leave_out.resolve()
@@ -71,9 +71,10 @@ def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[t
         if left_out is not None and folder.resolve().is_relative_to(left_out):
             continue
         for name in names:
-            if found.kind == DATASET or name in found.files or _belongs_to_pictures(name):
+            if found.kind != PICTURES or name in found.files or _belongs_to_pictures(name):
                 yield folder / name, (inside / name).as_posix()
 
 
 def _belongs_to_pictures(name: str) -> bool:
-    return name not in TABLES and os.path.splitext(name)[1].lower() in _OF_PICTURES
+    is_caption = os.path.splitext(name)[1].lower() in _CAPTIONS
+    return name not in TABLES and (is_caption or is_picture_name(name))

@@ -15,7 +15,7 @@ from typing import Any
 
 from uni_x.data.readers.lines import LINE_LIMIT, parse_json, parse_object, read_lines
 from uni_x.data.schema import IMAGE_PLACEHOLDER
-from uni_x.errors import DataError, UsageError
+from uni_x.errors import DataError, UsageError, one_line
 
 FIELDS = ("prompt", "question", "text", "caption")
 LONG_WORDS, LONG_CHARACTERS = 8, 16  # a Chinese or Japanese character counts as half a word
@@ -111,7 +111,7 @@ def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
         for where, row in reader(path):
             yield from ((where, row[name]) for name in FIELDS if isinstance(row.get(name), str))
     except (OSError, DataError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path}: {one_line(error)}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from uni_x.data.schema import CodeGrid, Message, Sample
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 MANIFEST = "manifest.json"
 _SHUFFLED_TOGETHER = 2**15  # samples
@@ -186,7 +186,7 @@ class _Shard:
         try:
             table = pq.read_table(path, partitioning=None)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+            raise DataError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
         self._ids = _column(path, table, "id", pa.string())
         images = _column(path, table, "images", _images_type(_stored_code_type(table)))
         self._image_offsets = images.offsets.to_numpy()
@@ -276,7 +276,7 @@ def _count_rows(path: Path) -> int:
     try:
         return pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

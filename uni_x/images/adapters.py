@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from uni_x.errors import ConfigError, DataError, RecipeError
+from uni_x.errors import ConfigError, DataError, RecipeError, one_line
 from uni_x.images.codebook import Codebook
 from uni_x.recipe import SquarePictures, check_recipe
 
@@ -94,7 +94,7 @@ def read_adapter_config(path: Path, content: dict[str, Any], resolution: int | N
         if resolution is None:
             resolution = part["image_size"] if "image_size" in part else _stated_resolution(kind, network, content)
     except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: {one_line(error)}") from None
     tree = {"model_type": kind, "resolution": resolution, "network": network}
     try:
         return check_recipe(tree, AdapterConfig, str(path))
@@ -131,7 +131,7 @@ def build_adapter(config: AdapterConfig) -> "JanusVQ | Emu3VQ | ChameleonVQ":
             return JanusVQ(config)
         return Emu3VQ(config) if config.model_type == "emu3_vqgan" else ChameleonVQ(config)
     except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise ConfigError(f"no {config.model_type} has these sizes: {_one_line(error)}") from None
+        raise ConfigError(f"no {config.model_type} has these sizes: {one_line(error)}") from None
 
 
 class _Adapter(nn.Module):
@@ -293,7 +293,3 @@ def _weight_files(folder: Path, prefix: re.Pattern[str]) -> list[Path]:
     if not inside:
         raise DataError(f"{path}: names a file outside its folder")
     return [folder / name for name in names]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from uni_x.errors import ConfigError, DataError, RecipeError
+from uni_x.errors import ConfigError, DataError, RecipeError, one_line
 from uni_x.images.inert_pickle import read_inert
 from uni_x.recipe import TokenizerConfig, check_recipe
 
@@ -30,7 +30,7 @@ def read_release_config(path: Path) -> TokenizerConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from None
     params = _mapping(path, _mapping(path, tree, "model"), "params")
     ddconfig = dict(_mapping(path, params, "ddconfig"))
     for key, value in FIXED.items():

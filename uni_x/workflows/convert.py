@@ -12,7 +12,7 @@ from uni_x.convert.pretrained import NewRows, extend, load_base, to_base
 from uni_x.convert.reference import load_reference
 from uni_x.data.render import separator_of
 from uni_x.data.text_tokenizer import VISION_START, settle_special_tokens, special_ids
-from uni_x.errors import ConfigError, DataError, RecipeError, UsageError
+from uni_x.errors import ConfigError, DataError, RecipeError, UsageError, one_line
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig
 from uni_x.model.plan import read_preset
@@ -155,7 +155,7 @@ def _read_plan(plan: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{plan}: cannot be read ({' '.join(str(error).split())})") from None
+        raise RecipeError(f"{plan}: cannot be read ({one_line(error)})") from None
     entries = tree.get("plan") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{plan}: a plan is a list of mappings, by itself or under the key 'plan'")

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from uni_x.analysis.plots import PALETTE, describe_plan, loss_plot, plan_picture
-from uni_x.errors import DataError, RunError
+from uni_x.errors import DataError, RunError, one_line
 from uni_x.model import UniXConfig
 from uni_x.model.size import ModelSize, measure_size
 from uni_x.runs import write_atomically
@@ -392,7 +392,7 @@ def _recipe(file: Path, config: UniXConfig | None) -> dict[str, Any] | None:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise DataError(f"{file}: not valid YAML ({one_line(error)})") from None
     facts = [("Scenes", f"{SIDE} × {SIDE} pixels, OpenMoji objects on white in a lattice of {CELLS} × {CELLS} cells")]
     if amounts := tree.get("scenes"):
         words = {"drawings": "pictures with captions", "looking": "pictures with questions", "texts": "sentences"}

@@ -11,7 +11,8 @@ from typing import ClassVar
 import pytest
 
 import uni_x
-from tests.data.readers.conftest import RED, read, reasons
+from tests.data.readers.conftest import RED, read, reasons, write_jsonl
+from uni_x.data.inventory import take_inventory
 from uni_x.data.readers import SourceOptions, open_source
 from uni_x.errors import DataError
 
@@ -21,6 +22,11 @@ def datasets():
     library = pytest.importorskip("datasets")
     library.disable_progress_bars()
     return library
+
+
+@pytest.fixture
+def cache(datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -53,6 +59,55 @@ def test_saved_datasets(datasets, dataset, tmp_path, streaming):
         open_source(str(tmp_path / "dict"), SourceOptions("val", streaming))
 
 
+def write_splits(dataset, folder):
+    folder.mkdir(parents=True)
+    dataset.select([0, 1, 3]).to_parquet(folder / "train-00000-of-00001.parquet")
+    dataset.select([4]).to_parquet(folder / "test-00000-of-00001.parquet")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cloned_repository_is_read_by_its_splits(dataset, tmp_path, monkeypatch, streaming):
+    write_splits(dataset, tmp_path / "json" / "data")
+    monkeypatch.chdir(tmp_path)
+    rows = read("json", streaming=streaming)  # the library has a reader of that name
+    assert [(row.id, row.source, row.images) for row in rows] == [
+        ("0", "json", (RED,)), ("1", "json", (RED[:20],)), ("3", "json", (RED,)),
+    ]  # fmt: skip
+    assert [row.id for row in read("json", split="test", streaming=streaming)] == ["4"]
+    assert take_inventory(tmp_path / "json").files == 2
+    with pytest.raises(DataError, match="json: no dataset with a split 'val' that can be read"):
+        open_source("json", SourceOptions("val", streaming))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_repository_is_read_as_its_card_says(tmp_path, streaming):
+    (repository := tmp_path / "repository").mkdir()
+    (repository / "a.png").write_bytes(RED)
+    rows = [{"image": "a.png", "caption": "red"}, {"image": "/etc/hostname", "caption": "another file"}]
+    write_jsonl(repository / "one.jsonl", rows)
+    write_jsonl(repository / "two.jsonl", [{"text": "words"}])
+    card = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: one.jsonl\n- config_name: other\n"
+    (repository / "README.md").write_text(f"{card}  data_files: two.jsonl\n---\n# A dataset\n")
+    good, bad = read(repository, streaming=streaming)
+    assert (good.caption, good.images) == ("red", (repository / "a.png",))
+    assert bad.reason.startswith("the picture is outside the folder")
+    assert [row.text for row in read(f"{repository}:other", streaming=streaming)] == ["words"]
+    by_kind = open_source(str(repository), SourceOptions(kind="jsonl"))
+    assert [part.name for part in by_kind] == ["one.jsonl", "two.jsonl"]
+
+
+def test_files_of_several_splits_are_not_mixed(dataset, tmp_path):
+    write_splits(dataset, data := tmp_path / "data")
+    with pytest.raises(DataError, match="data: holds several splits; choose one with --split test or train"):
+        open_source(str(data))
+    assert [row.id for row in read(data, split="test")] == ["4"]
+    with pytest.raises(DataError, match="no split 'val' in it; it has test, train"):
+        open_source(str(data), SourceOptions("val"))
+    assert [row.id for row in read(data / "test-00000-of-00001.parquet")] == ["4"]
+
+
 def test_a_saved_dataset_without_splits_is_asked_for_none(dataset, tmp_path):
     dataset.save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="saved: a data set without splits; leave --split test out"):
@@ -81,7 +136,7 @@ def test_saved_datasets_that_are_damaged_are_told(dataset, tmp_path):
 def test_the_library_is_named_where_it_is_missing(dataset, tmp_path, monkeypatch):
     dataset.save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name in (str(tmp_path / "saved"), "owner/name"):
+    for name in (str(tmp_path / "saved"), "owner/name", "squad"):
         with pytest.raises(DataError, match=r'pip install "uni-x\[data\]"'):
             open_source(name)
 
@@ -136,6 +191,7 @@ PICTURES = {
 DOCUMENTS = {"train/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}
 
 READ_HUB = """
+from uni_x.data.inventory import take_inventory
 from uni_x.data.readers import SourceOptions, open_source
 for streaming in (True, False):
     for part in open_source("owner/name", SourceOptions(streaming=streaming)):
@@ -171,5 +227,11 @@ def test_datasets_of_the_hub_are_read_streamed_or_not(tmp_path, files, rows):
 
 @pytest.mark.usefixtures("datasets")
 def test_datasets_that_cannot_be_had_are_told():
-    with pytest.raises(DataError, match=r"owner/name:config: no such file or folder, nor a dataset of the hub"):
-        open_source("owner/name:config")
+    for name in ("owner/name:config", "squad"):
+        with pytest.raises(DataError, match=f"{name}: no such file or folder, nor a dataset of the hub"):
+            open_source(name)
+
+
+def test_names_of_files_are_not_looked_up_on_the_hub():
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file or folder \(a source is"):
+        open_source("gone.jsonl")

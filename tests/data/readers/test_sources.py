@@ -89,7 +89,7 @@ def test_several_tables_of_captions_are_asked_for_one(captioned):
 
 def test_options_that_mean_nothing_to_a_source_are_refused(captioned, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(DataError, match="has no splits, as it is no data set of the library datasets; leave --split"):
+    with pytest.raises(DataError, match="has no splits, by the names of its files; leave --split"):
         names(path, split="test")
     for source, options in ((captioned, {"kind": "pictures"}), ("owner/name", {})):
         with pytest.raises(DataError, match=r"holds its pictures itself, .* leave --pictures out"):

@@ -10,8 +10,18 @@ from functools import partial
 from pathlib import Path
 
 from uni_x.data.readers.folders import picture_folder, table_folder
-from uni_x.data.readers.hub import hub_dataset, saved_dataset
-from uni_x.data.readers.kinds import DATASET, KNOWN, PICTURES, Found, kind_of_file, kind_of_folder
+from uni_x.data.readers.hub import hub_dataset, local_repository, saved_dataset
+from uni_x.data.readers.kinds import (
+    DATASET,
+    KNOWN,
+    PICTURES,
+    REPOSITORY,
+    Found,
+    choose_split,
+    is_file_name,
+    kind_of_file,
+    kind_of_folder,
+)
 from uni_x.data.readers.lines import json_rows
 from uni_x.data.readers.parquet import parquet_rows
 from uni_x.data.readers.parts import PictureFinder, Resolve, SourceOptions, to_unicode
@@ -23,15 +33,13 @@ from uni_x.errors import DataError
 
 __all__ = ["SourceOptions", "open_source"]
 
-_READERS: dict[str, Callable[[Path, str, str, Resolve | None], Iterator[Load]]] = {
-    "tar": tar_rows,
+_HOLDING_PICTURES: dict[str, Callable[[Path, str, str], Iterator[Load]]] = {"tar": tar_rows, "tsv": table_rows}
+_NAMING_PICTURES: dict[str, Callable[[Path, str, str, Resolve], Iterator[Load]]] = {
     "parquet": parquet_rows,
-    "tsv": table_rows,
     "jsonl": json_rows,
     "json": json_rows,
 }
-_NAME_PICTURES = ("parquet", "jsonl", "json")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
@@ -54,21 +62,26 @@ def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
         if path.suffix == ".parquet":
             _refuse_encoded(path.parent)
         return _open(kind_of_file(path), to_unicode(Path(path.name.removesuffix(".gz")).stem), shown, options)
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+    folder, _, config = name.rpartition(":")
+    if folder and Path(folder).is_dir():
+        return _open(Found(REPOSITORY, Path(folder)), to_unicode(Path(folder).resolve().name), shown, options, config)
+    if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name(name):
         _refuse_pictures(shown, options)
         return hub_dataset(name, options)
     raise DataError(f"{shown}: no such file or folder (a source is {KNOWN})")
 
 
-def _open(found: Found, source: str, shown: str, options: SourceOptions) -> list[Part]:
-    names_pictures = found.kind in _NAME_PICTURES or (found.kind == PICTURES and found.files)
+def _open(found: Found, source: str, shown: str, options: SourceOptions, config: str = "") -> list[Part]:
+    names_pictures = found.kind in (*_NAMING_PICTURES, REPOSITORY) or (found.kind == PICTURES and found.files)
     if not names_pictures:
         _refuse_pictures(shown, options)
     if found.kind == DATASET:
         return saved_dataset(found.folder, options, source)
-    if options.split is not None:
-        raise DataError(f"{shown}: has no splits, as it is no data set of the library datasets; leave --split out")
     resolve = PictureFinder(*(folder for folder in (found.folder, options.pictures) if folder))
+    if found.kind == REPOSITORY:
+        return local_repository(found.folder, config, options, source, resolve)
+    if options.split is not None or found.kind != PICTURES:
+        found = choose_split(found, options.split)
     if found.kind == PICTURES and found.files:
         return [table_folder(found.folder, table, source, resolve) for table in found.files]
     if found.kind == PICTURES:
@@ -76,9 +89,12 @@ def _open(found: Found, source: str, shown: str, options: SourceOptions) -> list
         if pictures is None:
             raise DataError(f"{shown}: nothing to read in it (a source is {KNOWN})")
         return [pictures]
-    read = _READERS[found.kind]
     names = [(found.folder / file, to_unicode(file)) for file in found.files]
-    return [Part(part, partial(read, file, part, source, resolve if names_pictures else None)) for file, part in names]
+    if found.kind in _HOLDING_PICTURES:
+        hold = _HOLDING_PICTURES[found.kind]
+        return [Part(part, partial(hold, file, part, source)) for file, part in names]
+    read = _NAMING_PICTURES[found.kind]
+    return [Part(part, partial(read, file, part, source, resolve)) for file, part in names]
 
 
 def _refuse_pictures(shown: str, options: SourceOptions) -> None:

@@ -10,10 +10,10 @@ from uni_x.data.readers.folders import TABLES, directories, has_captions, pictur
 from uni_x.data.readers.parts import to_unicode
 from uni_x.errors import DataError
 
-PICTURES, DATASET = "pictures", "dataset"
+PICTURES, DATASET, REPOSITORY = "pictures", "dataset", "repository"
 KNOWN = (
     "a folder of pictures with captions; a file, or a folder of files, of .jsonl, .json, .parquet, .tar or .tsv; "
-    "a folder saved by the library datasets; or owner/name on the Hugging Face hub"
+    "a folder saved by the library datasets; or a dataset of the Hugging Face hub, by its id or cloned"
 )
 
 _FILES = {
@@ -24,14 +24,18 @@ _FILES = {
     "json": re.compile(r".+\.json(\.gz)?", re.IGNORECASE),
 }
 _DATASET_NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+_CARD, _CARD_LIMIT = "README.md", 2**20
+_CARD_WITH_CONFIGS = re.compile(r"---\s*\n(?:(?!---\s*\n).*\n)*?configs:")
+_SPLIT_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?\.\w+(\.gz)?")
+_SPLIT_WORD = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![^\W_\d])")
 
 
 @dataclass(frozen=True)
 class Found:
     """Files of one kind.
 
-    `folder` holds them; `files` are those to read, by their names: none for a data set, a table of captions or
-    none for pictures.
+    `folder` holds them; `files` are those to read, by their names: none for a data set or a repository of one, a table
+    of captions or none for pictures.
     """
 
     kind: str
@@ -54,10 +58,41 @@ def kind_of_file(path: Path) -> Found:
     raise DataError(f"{to_unicode(str(path))}: no known kind of file (a source is {KNOWN})")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a kind of file, there or not."""
+    return any(pattern.fullmatch(Path(name).name) for pattern in _FILES.values())
+
+
+def choose_split(found: Found, split: str | None) -> Found:
+    """The files of one split, where their names tell splits apart, as `train-00000-of-00002.parquet` or `test.jsonl`.
+
+    Raises `DataError` where there are several and none is chosen, or not the one that is.
+    """
+    splits = {name: _split_of(name) for name in found.files}
+    known = sorted({each for each in splits.values() if each})
+    shown = to_unicode(str(found.folder))
+    if split is None:
+        if len(known) > 1 and any(map(_SPLIT_WORD.match, known)):
+            raise DataError(f"{shown}: holds several splits; choose one with --split {' or '.join(known)}")
+        return found
+    if not known:
+        raise DataError(f"{shown}: has no splits, by the names of its files; leave --split out")
+    if split not in known:
+        raise DataError(f"{shown}: no split {split!r} in it; it has {', '.join(known)}")
+    return Found(found.kind, found.folder, tuple(name for name, each in splits.items() if each == split))
+
+
+def _split_of(name: str) -> str | None:
+    name = to_unicode(name)
+    found = _SPLIT_SHARD.fullmatch(name) or _SPLIT_WORD.match(name)
+    return found[1] if found else None
+
+
 def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     """The kind of source that a folder is, or the one that is `wanted` of several.
 
-    Files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
+    A repository of a dataset has a card that tells its configurations, or nothing but splits in `data`. Otherwise
+    files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
     caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named after a
     tar.
 
@@ -67,6 +102,8 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     found = [Found(kind, folder, files) for kind, files in _files_by_kind(names).items() if files]
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         found.append(Found(DATASET, folder))
+    if wanted is None and (_has_configs(folder, names) or (not found and _has_splits(folder / "data"))):
+        return Found(REPOSITORY, folder)
     if wanted is not None:
         found = [Found(PICTURES, folder)] if wanted == PICTURES else [each for each in found if each.kind == wanted]
     elif not found or _is_captioned(folder, names):
@@ -81,6 +118,17 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
             "or name a single file"
         )
     return _with_table(found[0], names) if found[0].kind == PICTURES else found[0]
+
+
+def _has_configs(folder: Path, names: set[str]) -> bool:
+    if _CARD not in names:
+        return False
+    with (folder / _CARD).open(encoding="utf-8", errors="replace") as card:
+        return _CARD_WITH_CONFIGS.match(card.read(_CARD_LIMIT)) is not None
+
+
+def _has_splits(data: Path) -> bool:
+    return data.is_dir() and any(path.suffix == ".parquet" and _split_of(path.name) for path in data.iterdir())
 
 
 def _files_by_kind(names: set[str]) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ _CHUNK = 2**20
 _ARRAY_DELIMITER = re.compile(r"[ \t\r\n]*([\[,\]])[ \t\r\n]*")
 
 
-def json_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def json_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
     """Rows of a JSON Lines file, or of the array that a JSON file is; pictures are files that they name."""
     return reject_rest(part, _json_rows(path, part, source, resolve))
 
@@ -68,7 +68,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _json_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def _json_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
     for number, content in _array_elements(path) if _is_array(path) else read_lines(path):
         row_id = f"{part}:{number}"
         if content is None:

@@ -10,7 +10,7 @@ from typing import Any
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 _BATCH_BYTES = 4 * 2**20
 _BATCH_ROWS = (4, 1024)  # at the least and at the most
@@ -18,12 +18,12 @@ _KEPT_BATCHES = 4  # threads read neighbouring rows, and need not do so in order
 _STREAM_BYTES = 2**20  # of a column, read from the file at once
 
 
-def parquet_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def parquet_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
     """Rows of a Parquet file, numbered from 0; pictures without bytes are files that they name."""
     return reject_rest(part, _parquet_rows(path, part, source, resolve))
 
 
-def _parquet_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def _parquet_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
     file = _ParquetFile(path)
     number = 0
     for group, rows in enumerate(file.group_sizes):
@@ -48,7 +48,7 @@ class _ParquetFile:
             metadata = self._file.metadata
             self.group_sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"not a whole Parquet file ({_one_line(error)})") from None
+            raise DataError(f"not a whole Parquet file ({one_line(error)})") from None
         self._lock = threading.Lock()
         self._group, self._next_row = -1, 0
         self._batches: Iterator[Any] = iter(())  # of the group, from the next row on
@@ -91,7 +91,7 @@ class _ParquetFile:
                 self._next_row += len(batch)
                 self._kept.append((group, first, batch))
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} cannot be read from its row {self._next_row} on ({_one_line(error)})"
+            reason = f"row group {group} cannot be read from its row {self._next_row} on ({one_line(error)})"
             self._damaged[group] = (self._next_row, reason)
             self._group = -1
             raise DataError(reason) from None
@@ -104,7 +104,3 @@ class _ParquetFile:
         rows = min(max(_BATCH_BYTES // row_bytes, least), most)
         self._batches = self._file.iter_batches(rows, row_groups=[group], use_threads=False)
         self._group, self._next_row = group, 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from uni_x.data.schema import Load, Rejection
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 Resolve: TypeAlias = Callable[[str], Path]
 """Finds the file that a row names; raises `DataError` where it is missing or must not be read."""
@@ -83,7 +83,7 @@ def reject_rest(part: str, loads: Iterator[Load]) -> Iterator[Load]:
 
 def describe(error: DataError | OSError) -> str:
     """The error in a line, without the paths that the system puts into it."""
-    return str(getattr(error, "strerror", None) or " ".join(str(error).split()))
+    return str(getattr(error, "strerror", None) or one_line(error))
 
 
 def to_unicode(name: str) -> str:

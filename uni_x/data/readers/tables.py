@@ -11,7 +11,7 @@ from typing import Any
 
 from uni_x.data.readers.fields import first_caption, load_fields
 from uni_x.data.readers.lines import parse_json, read_lines, too_long
-from uni_x.data.readers.parts import Resolve, reject_rest
+from uni_x.data.readers.parts import reject_rest
 from uni_x.data.schema import Load, Rejection
 from uni_x.errors import DataError
 
@@ -34,17 +34,17 @@ class _Columns:
     id: int | None = None
 
 
-def table_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     """Rows of a file of tab-separated lines, plain or gzipped.
 
     A first line of names tells the columns; without one, the first line with a picture in it tells them by their
     content. Captions are plain text or JSON: a string, a list of strings (the first that is not empty counts), or an
     object with `caption`, `text`, `captions` or `texts`.
     """
-    return reject_rest(part, _table_rows(path, part, source, resolve))
+    return reject_rest(part, _table_rows(path, part, source))
 
 
-def _table_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def _table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     columns: _Columns | None = None
     as_json: bool | None = None
     for number, line in read_lines(path):
@@ -63,7 +63,7 @@ def _table_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> 
         if as_json is None:
             cells = line.split(b"\t")
             as_json = _caption_json(cells[columns.caption]) if len(cells) == columns.count else None
-        yield partial(load_fields, partial(_fields, line, columns, bool(as_json)), row_id, source, resolve)
+        yield partial(load_fields, partial(_fields, line, columns, bool(as_json)), row_id, source, None)
 
 
 def _columns_by_name(line: bytes) -> _Columns | None:

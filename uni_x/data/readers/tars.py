@@ -11,7 +11,7 @@ from typing import Any
 
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.lines import parse_object
-from uni_x.data.readers.parts import Resolve, reject_rest, to_unicode
+from uni_x.data.readers.parts import reject_rest, to_unicode
 from uni_x.data.schema import Load
 from uni_x.errors import DataError
 from uni_x.pictures import is_picture_name
@@ -35,19 +35,19 @@ class _Member:
     unusable: str | None
 
 
-def tar_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def tar_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     """Rows of a tar: pictures with a caption (`txt`, `caption`), or with the fields of a row (`json`).
 
     Ids are the keys behind the tar's name. Several pictures of a row come in the order of their names, `img10.jpg`
     behind `img9.jpg`. Nothing is unpacked to disk.
     """
-    return reject_rest(part, _tar_rows(path, part, source, resolve))
+    return reject_rest(part, _tar_rows(path, part, source))
 
 
-def _tar_rows(path: Path, part: str, source: str, resolve: Resolve | None) -> Iterator[Load]:
+def _tar_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     for key, members in groupby(_members(path), key=lambda member: member.key):
         row_id = to_unicode(f"{part}:{key}")
-        yield partial(load_fields, partial(_fields, path, list(members)), row_id, source, resolve)
+        yield partial(load_fields, partial(_fields, path, list(members)), row_id, source, None)
 
 
 def _members(path: Path) -> Iterator[_Member]:

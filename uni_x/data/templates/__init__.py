@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uni_x.errors import ConfigError, DataError
+from uni_x.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ class Template:
         try:
             text = self._tokenizer.apply_chat_template(stand_ins, chat_template=self._jinja, tokenize=False)
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"messages: the template refuses them ({' '.join(str(error).split())})") from None
+            raise DataError(f"messages: the template refuses them ({one_line(error)})") from None
         parts = _STAND_INS.split(str(text))  # what the template says and numbers, in turn
         if [int(number) for number in parts[1::2]] != list(range(len(roles))):
             raise DataError("messages: the template loses, repeats or reorders them")

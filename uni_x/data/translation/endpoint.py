@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from uni_x.errors import MissingExtraError, RunError, UsageError
+from uni_x.errors import MissingExtraError, RunError, UsageError, one_line
 
 if TYPE_CHECKING:
     import httpx2
@@ -192,7 +192,7 @@ class ChatEndpoint:
         except (TimeoutError, httpx2.TimeoutException):
             raise NoAnswerError(f"no answer within {self._timeout:g} seconds") from None
         except httpx2.HTTPError as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise NoAnswerError(f"no connection to {self._address.url} ({reason})") from None
         if not response.is_success:
             self._refuse(response, loop.time())

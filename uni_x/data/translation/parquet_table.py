@@ -12,7 +12,7 @@ import numpy as np
 
 from uni_x.data.translation import rows
 from uni_x.data.translation.rows import Changes, Row, check_columns, make_row, too_large
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 from uni_x.runs import writing_whole
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ParquetTable:
             with pq.ParquetFile(self.path) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise DataError(f"{self.path}: the Parquet file cannot be read or copied ({reason})") from None
 
 
