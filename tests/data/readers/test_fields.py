@@ -109,7 +109,7 @@ def test_conversations_of_every_kind(fields, messages):
 def test_a_picture_with_one_text_is_a_caption_unless_the_text_places_it():
     assert to_row(image=RED, text="a cat").caption == "a cat"
     assert to_row(images=[RED], caption="a cat", text="elsewhere").caption == "a cat"
-    for name in ("caption", "text", "content"):
+    for name in ("caption", "text", "content", "txt"):
         assert to_row(**{"image": RED, name: "see <image>"}).text == "see <image>"
     assert to_row(images=[RED, BLUE], text="<image> and <image>").images == (RED, BLUE)
     assert to_row(text="words").text == to_row(content="words").text == "words"

@@ -77,6 +77,14 @@ def test_files_about_tars_and_notes_of_datasets_are_no_source(tmp_path):
         names(tmp_path)
 
 
+def test_tars_are_read_as_they_are_whatever_a_card_says(tmp_path):
+    for name in ("train-0.tar", "test-0.tar"):
+        with tarfile.open(tmp_path / name, "w"):
+            pass
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n---\n")
+    assert names(tmp_path, split="train") == ["train-0.tar"]
+
+
 def test_several_tables_of_captions_are_asked_for_one(captioned):
     (captioned / "captions.csv").write_text("file_name,caption\nmore/cat.png,red\n")
     assert [row.caption for row in read(captioned)] == ["red"]

@@ -20,7 +20,7 @@ _IMAGES = (
 )
 _FILES = ("file_name", "filename", "file", "path")  # pictures where they are named like one
 _UNREAD = ("video", "videos", "audio", "audios")
-_ALTERNATIVES = ("caption", "captions", "text", "content", "messages", "conversations", "texts")
+_ALTERNATIVES = ("caption", "captions", "text", "content", "txt", "messages", "conversations", "texts")
 _CONTENTS = (*_ALTERNATIVES, "output", "response")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURN_SPLIT, _PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
@@ -139,7 +139,7 @@ def _plain_content(fields: Mapping[str, Any], images: int) -> _Content | None:
     if "data_type" in fields and ("vqcode_512" in fields or not images):
         name = _published_field(fields)
         return _Content("text", _text(fields, name), name)
-    for name in ("caption", "captions", "text", "content"):
+    for name in ("caption", "captions", "text", "content", "txt"):
         if name in fields:
             is_choice = images > 0 and isinstance(fields[name], list | tuple)
             text = first_caption(fields[name], name) if is_choice else _text(fields, name)

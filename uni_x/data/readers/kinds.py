@@ -91,8 +91,8 @@ def _split_of(name: str) -> str | None:
 def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     """The kind of source that a folder is, or the one that is `wanted` of several.
 
-    A repository of a dataset has a card that tells its configurations, or nothing but splits in `data`. Otherwise
-    files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
+    A repository of a dataset has a card that tells its configurations, and no tars, or nothing but splits in `data`.
+    Otherwise files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
     caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named after a
     tar.
 
@@ -102,7 +102,7 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     found = [Found(kind, folder, files) for kind, files in _files_by_kind(names).items() if files]
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         found.append(Found(DATASET, folder))
-    if wanted is None and (_has_configs(folder, names) or (not found and _has_splits(folder / "data"))):
+    if wanted is None and _is_repository(folder, names, found):
         return Found(REPOSITORY, folder)
     if wanted is not None:
         found = [Found(PICTURES, folder)] if wanted == PICTURES else [each for each in found if each.kind == wanted]
@@ -118,6 +118,13 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
             "or name a single file"
         )
     return _with_table(found[0], names) if found[0].kind == PICTURES else found[0]
+
+
+def _is_repository(folder: Path, names: set[str], found: Iterable[Found]) -> bool:
+    if not found:
+        return _has_configs(folder, names) or _has_splits(folder / "data")
+    # Tars are read as they are, also the fields of their JSON, which the library gives as one column.
+    return _has_configs(folder, names) and all(each.kind != "tar" for each in found)
 
 
 def _has_configs(folder: Path, names: set[str]) -> bool:
