@@ -92,9 +92,9 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     """The kind of source that a folder is, or the one that is `wanted` of several.
 
     A repository of a dataset has a card that tells its configurations, and no tars, or nothing but splits in `data`.
-    Otherwise files count at the folder's top. Pictures count in subfolders too, but beside other files only where one has a
-    caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named after a
-    tar.
+    Otherwise files count at the folder's top. Pictures count in subfolders too, but beside other files only where one
+    has a caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named
+    after a tar.
 
     Raises `DataError` where nothing is there, more than one kind, or nothing that is wanted.
     """
