@@ -132,6 +132,10 @@ def test_encoding_again_sees_whether_the_source_is_the_same(
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith(f"{changed} (51 files of "), err
     assert " then, 52 files of " in err
+    (pictures / "new.png").unlink()
+    (pictures / "linked").symlink_to(other)
+    code, _, err = uni_x("encode", pictures, *tokenizer, "--out", out)
+    assert (code, err.startswith(f"{changed} (51 files of ")) == (1, True), err
 
 
 def test_encoding_again_sees_whether_files_of_rows_are_the_same(uni_x: RunCommand, tmp_path: Path) -> None:

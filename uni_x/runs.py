@@ -1,10 +1,12 @@
 """Run folders: the recipe that made them, their log, their results, and what is needed to make them again."""
 
 import errno
+import glob
 import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -26,6 +28,7 @@ PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy
 
 START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints"}  # what is there before anything is done
 
+_PARTIAL = re.compile(r"\..+-(?P<process>\d+)\.partial")
 _OTHERS_MAY_WRITE_SECONDS = 24 * 3600  # whether a process of another machine still runs cannot be seen
 
 
@@ -186,18 +189,17 @@ def writing_whole(file: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes had begun to write into a folder; what others are writing stays."""
-    for partial in folder.glob(".*.partial"):
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes had begun to write into a folder, or to one file in it; what others write stays."""
+    for partial in folder.glob(f".{'*' if name is None else glob.escape(name)}.*.partial"):
         with suppress(OSError):
-            if not _is_being_written(partial):
+            if (begun := _PARTIAL.fullmatch(partial.name)) and not _is_being_written(partial, int(begun["process"])):
                 partial.unlink()
 
 
-def _is_being_written(partial: Path) -> bool:
-    machine, _, process = partial.name.removesuffix(".partial").rpartition("-")
-    if machine.endswith(f".{socket.gethostname()}") and process.isdecimal():
-        return _is_running(int(process))
+def _is_being_written(partial: Path, process: int) -> bool:
+    if partial.name.endswith(f".{socket.gethostname()}-{process}.partial"):
+        return _is_running(process)
     return time.time() - partial.lstat().st_mtime < _OTHERS_MAY_WRITE_SECONDS
 
 

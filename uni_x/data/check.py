@@ -9,23 +9,21 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from uni_x.data.encode import read_record
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.rejects import REJECTS
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
-from uni_x.data.shards import MANIFEST, no_shards, parquet_schema, read_manifest, shard_paths
+from uni_x.data.shards import MANIFEST, no_shards, read_manifest, shard_paths
+from uni_x.data.stored_rows import ANY_CODEBOOK, StoredRow, read_id, read_rows
 from uni_x.errors import DataError
 
 ERRORS = {
@@ -48,12 +46,6 @@ REMARKS = {
 """What may be as it should be."""
 KINDS = ERRORS | REMARKS
 _REPEATED = {"id": "id", "content": "texts and codes"}
-_ROWS_AT_ONCE = 256
-_ANY_CODEBOOK = 2**32
-_COLUMNS = ("id", "images", "caption", "messages", "text")
-
-Turn: TypeAlias = "tuple[str | None, str | None] | None"
-"""Role and content of a message as they are stored; None is null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +175,7 @@ class FolderChecks:
                 path, row = self._checked[folder].place(position - int(starts[folder]))
                 before, first_row = self._checked[earlier].place(first - int(starts[earlier]))
                 message = f"it has the {words} of {before}, row {first_row}"
-                faults.add(f"shared {kind}", Example(message, str(path), row, _read_id(path, row)))
+                faults.add(f"shared {kind}", Example(message, str(path), row, read_id(path, row)))
             faults.add_unnamed(f"shared {kind}", max(0, int(across.sum()) - self._limit))
         return faults.findings()
 
@@ -229,7 +221,7 @@ class _Samples:
         self._paths.append(path)
         self._starts.append(self.count)
         try:
-            for number, row in enumerate(_read_rows(path)):
+            for number, row in enumerate(read_rows(path)):
                 self._check(row, path.name, number)
         except DataError as error:
             self.faults.add("unreadable", Example(str(error), path.name, self.count - self._starts[-1] or None))
@@ -242,7 +234,7 @@ class _Samples:
                 before, first_row = self.place(first)
                 path, row = self.place(position)
                 message = f"it has the {words} of {before.name}, row {first_row}"
-                self.faults.add(kind, Example(message, path.name, row, _read_id(path, row)))
+                self.faults.add(kind, Example(message, path.name, row, read_id(path, row)))
             self.faults.add_unnamed(kind, max(0, len(repeats) - self.faults.limit))
 
     def place(self, position: int) -> tuple[Path, int]:
@@ -251,7 +243,7 @@ class _Samples:
         shard = bisect.bisect_right(self._starts, position) - 1
         return self._paths[shard], position - self._starts[shard]
 
-    def _check(self, row: _Row, shard: str, number: int) -> None:
+    def _check(self, row: StoredRow, shard: str, number: int) -> None:
         def report(kind: str, message: str) -> None:
             self.faults.add(kind, Example(message, shard, number, row.id))
 
@@ -300,44 +292,18 @@ class _Digests:
         return repeats[np.argsort(repeats[:, 0])]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row as it is stored; None is null, and a code of -1 too."""
-
-    id: str | None
-    images: tuple[CodeGrid | None, ...]  # codes are int64
-    caption: str | None
-    messages: tuple[Turn, ...] | None
-    text: str | None
-
-    def texts(self) -> Iterator[tuple[str, str | None]]:
-        yield "caption", self.caption
-        yield "text", self.text
-        for number, message in enumerate(self.messages or ()):
-            if message is not None:
-                yield f"messages[{number}].content", message[1]
-
-    def content(self) -> bytes:
-        """The same for the same texts and codes."""
-        texts = json.dumps([self.caption, self.messages, self.text])
-        parts = [texts.encode()]
-        for image in self.images:
-            parts += (b"",) if image is None else (f"{image.height} {image.width}".encode(), image.codes.tobytes())
-        return b"\0".join(parts)
-
-
 def _misfit(image: CodeGrid, codes: Codes) -> str | None:
     """Why an image is none of an image tokenizer's; None where it may be."""
     if codes.grid is not None and (image.height, image.width) != codes.grid:
         height, width = codes.grid
         return f"{image.height} x {image.width} codes, the tokenizer makes {height} x {width}"
     highest = image.codes.max(initial=0)
-    if codes.size <= highest < _ANY_CODEBOOK:
+    if codes.size <= highest < ANY_CODEBOOK:
         return f"code {highest} is not in a codebook of {codes.size}"
     return None
 
 
-def _fault(row: _Row) -> str | None:
+def _fault(row: StoredRow) -> str | None:
     """What makes a row unfit for training with any image tokenizer, with the field; None where nothing does."""
     if row.id is None:
         return "id: it is null"
@@ -348,8 +314,8 @@ def _fault(row: _Row) -> str | None:
     for number, image in enumerate(row.images):
         if image is None:
             return f"images[{number}]: it is null"
-        if len(image.codes) and not 0 <= image.codes.min() <= image.codes.max() < _ANY_CODEBOOK:
-            return f"images[{number}].codes: a code is null, below 0 or above {_ANY_CODEBOOK - 1}"
+        if len(image.codes) and not 0 <= image.codes.min() <= image.codes.max() < ANY_CODEBOOK:
+            return f"images[{number}].codes: a code is null, below 0 or above {ANY_CODEBOOK - 1}"
     sample = Sample(
         row.id,
         tuple(CodeGrid(image.codes.astype(np.uint32), image.height, image.width) for image in row.images if image),
@@ -358,94 +324,10 @@ def _fault(row: _Row) -> str | None:
         row.text,
     )
     try:
-        check_sample(sample, _ANY_CODEBOOK)
+        check_sample(sample, ANY_CODEBOOK)
     except DataError as error:
         return str(error).removeprefix(f"sample {row.id!r}").lstrip(",: ")
     return None
-
-
-def _read_rows(path: Path) -> Iterator[_Row]:
-    """The rows of a shard, a few hundred in memory. Raises `DataError` with the reason where one cannot be read."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for name in ("id", "images"):
-                if name not in names:
-                    raise DataError(f"the column {name!r} is missing; it has {', '.join(names)}")
-            columns = [name for name in _COLUMNS if name in names]
-            for group in range(file.num_row_groups):  # a batch over two would be lost to a fault in the second
-                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
-                    yield from _rows_of(batch)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a whole Parquet file ({' '.join(str(error).split())})") from None
-
-
-def _read_id(path: Path, row: int) -> str | None:
-    """The id of a row that has been read before."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["id"]):
-            if row < len(batch):
-                return _texts(_column(batch.slice(row, 1), "id"))[0]
-            row -= len(batch)
-    return None
-
-
-def _rows_of(batch: pa.RecordBatch) -> Iterator[_Row]:
-    ids, captions, texts = (_texts(_column(batch, name)) for name in ("id", "caption", "text"))
-    images, messages = _images(_column(batch, "images")), _messages(_column(batch, "messages"))
-    return map(_Row, ids, images, captions, messages, texts)
-
-
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column in the type that training wants, but codes as int64, so that each is judged on its own."""
-    type_ = parquet_schema(_ANY_CODEBOOK).field(name).type
-    if name == "images":
-        fields = [pa.field(f.name, pa.list_(pa.int64())) if f.name == "codes" else f for f in type_.value_type]
-        type_ = pa.list_(pa.struct(fields))
-    if name not in batch.schema.names:
-        return pa.nulls(len(batch), type_)
-    try:
-        return batch.column(name).cast(type_)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"the column {name!r} cannot be read as {type_} ({error})") from None
-
-
-def _texts(column: pa.StringArray) -> list[str | None]:
-    """Bytes that are not UTF-8 become lone surrogates, which no text may hold."""
-    values = column.cast(pa.binary()).to_pylist()
-    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
-
-
-def _images(column: pa.ListArray) -> Iterator[tuple[CodeGrid | None, ...]]:
-    fields, spans = _flatten(column)
-    codes, code_spans = _flatten(fields.field("codes"))
-    values = codes.fill_null(-1).to_numpy()
-    there = pc.and_(fields.is_valid(), fields.field("codes").is_valid()).to_pylist()
-    heights, widths = (fields.field(name).fill_null(0).to_pylist() for name in ("height", "width"))
-    grids = [
-        CodeGrid(values[start:end], height, width) if given else None
-        for given, (start, end), height, width in zip(there, code_spans, heights, widths, strict=True)
-    ]
-    return (tuple(grids[start:end]) for start, end in spans)
-
-
-def _messages(column: pa.ListArray) -> Iterator[tuple[Turn, ...] | None]:
-    fields, spans = _flatten(column)
-    roles, contents = _texts(fields.field("role")), _texts(fields.field("content"))
-    turns = [
-        turn if given else None
-        for given, turn in zip(fields.is_valid().to_pylist(), zip(roles, contents, strict=True), strict=True)
-    ]
-    for given, (start, end) in zip(column.is_valid().to_pylist(), spans, strict=True):
-        yield tuple(turns[start:end]) if given else None
-
-
-def _flatten(column: pa.ListArray) -> tuple[pa.Array, list[tuple[int, int]]]:
-    """The values of a list array, which may be a slice of a longer one, and where each list begins and ends in them."""
-    offsets = column.offsets.to_pylist()
-    first = offsets[0]
-    spans = [(start - first, end - first) for start, end in itertools.pairwise(offsets)]
-    return column.values.slice(first, offsets[-1] - first), spans
 
 
 def _utf8(text: str) -> bytes:
@@ -469,7 +351,7 @@ def _read_manifest(folder: Path, faults: _Faults) -> dict[str, Any] | None:
 def _expected_codes(manifest: dict[str, Any] | None, wanted: Codes | None, faults: _Faults) -> Codes:
     """What images are held against: what is wanted, or what the manifest tells where it tells of something else."""
     size, fingerprint = ((manifest or {}).get(key) for key in ("codebook_size", "tokenizer"))
-    stated = Codes(size if isinstance(size, int) else _ANY_CODEBOOK)
+    stated = Codes(size if isinstance(size, int) else ANY_CODEBOOK)
     if wanted is None:
         return stated
     if None in (wanted.fingerprint, fingerprint) or wanted.fingerprint == fingerprint:

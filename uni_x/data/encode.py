@@ -152,7 +152,6 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     """Starts the folder, or checks that it was started alike; gives the summary where it is finished."""
     path = out_dir / MANIFEST
     with writing_into(out_dir):
-        remove_leftovers(out_dir)
         if not path.exists():
             # another process may have begun in this very moment
             if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
@@ -160,6 +159,7 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
             out_dir.mkdir(parents=True, exist_ok=True)
             _write_json(path, {**manifest, "finished": False})
             return None
+        remove_leftovers(out_dir)
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
         raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")

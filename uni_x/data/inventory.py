@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from uni_x.data.readers.folders import TABLES, directories
 from uni_x.data.readers.kinds import DATASET, PICTURES, REPOSITORY, kind_of_file, kind_of_folder
 from uni_x.pictures import is_picture_name
 
-_CAPTIONS = {".txt", ".json"}
+_CAPTION_SUFFIXES = (".txt", ".json")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None
     for path, name in sorted(_files(source, kind, leave_out), key=lambda file: file[1]):
         try:
             state = path.stat()
+            if stat.S_ISDIR(state.st_mode):  # a link, which is a row that is rejected
+                state = path.lstat()
         except OSError:  # a link to nowhere, whose row is rejected
             continue
         files += 1
@@ -66,15 +69,14 @@ def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[t
         yield from ((found.folder / file, file) for file in found.files)
         return
     left_out = None if leave_out is None else leave_out.resolve()
-    for inside, names, _ in directories(found.folder):
+    for inside, names, links in directories(found.folder):
         folder = found.folder / inside
         if left_out is not None and folder.resolve().is_relative_to(left_out):
             continue
-        for name in names:
-            if found.kind != PICTURES or name in found.files or _belongs_to_pictures(name):
+        for name in [*names, *links]:
+            if found.kind != PICTURES or name in found.files or name in links or _belongs_to_pictures(name):
                 yield folder / name, (inside / name).as_posix()
 
 
 def _belongs_to_pictures(name: str) -> bool:
-    is_caption = os.path.splitext(name)[1].lower() in _CAPTIONS
-    return name not in TABLES and (is_caption or is_picture_name(name))
+    return is_picture_name(name) or (name not in TABLES and name.lower().endswith(_CAPTION_SUFFIXES))

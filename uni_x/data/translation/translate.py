@@ -25,7 +25,7 @@ from uni_x.data.translation.tables import Row, Table, open_table
 from uni_x.data.translation.translator import TranslateOptions, Translator, instructions, texts_to_send, too_long
 from uni_x.data.translation.values import with_texts
 from uni_x.errors import DataError, RunError, UsageError
-from uni_x.runs import write_atomically
+from uni_x.runs import remove_leftovers, write_atomically
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many of the rows with something to translate are done, how many there are, and a word on it."""
@@ -269,6 +269,7 @@ def _digest(path: Path) -> str:
 def _write_output(table: Table, out: Path, options: TranslateOptions, journal: Journal) -> None:
     """Writes the output, and the list of what in it is not translated."""
     untranslated: list[dict[str, Any]] = []
+    remove_leftovers(out.parent, out.name)
 
     def changes(row: Row) -> dict[str, Any]:
         entry = journal.read(row.number)
