@@ -300,7 +300,7 @@ class TrainingStream(IterableDataset[Batch]):
             why = next(iter(refused.values()))
             raise DataError(f"none of the first {len(samples)} samples can be rendered; the first: {why}")
         if not packed.rows:
-            raise DataError(f"max_length: {self._max_length} tokens are too few for each of {len(sequences)} samples")
+            raise DataError(f"max_length: {self._max_length} tokens are too few for each sample that was tried")
         wanted = min(max(_BLOCK_TOKENS // self._max_length, 1), _MOST_ROWS)
         rows = packed.tokens / self._max_length if self._packing else packed.rows
         return max(1, round(wanted * len(sequences) / rows)), packed

@@ -202,7 +202,9 @@ def _describe(found: DataStatistics, joined: bool) -> Iterator[str]:
         if too_long.dropped:
             yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
     yield from _refusals(found)
-    if joined:
+    if not packing.rows:
+        yield f"packing: no sequence fits into a row of {packing.max_length:,}"
+    elif joined:
         yield (
             f"packing: {_count(packing.documents, 'sequence')} in {_count(packing.rows, 'row')} of "
             f"{packing.max_length:,}, {packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
