@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from uni_x.data.schema import CodeGrid
 from uni_x.data.shards import parquet_schema
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 
 ANY_CODEBOOK = 2**32
 """A codebook that has every code which a shard can hold."""
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> Iterator[StoredRow]:
                 for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
                     yield from _rows_of(batch)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a whole Parquet file ({' '.join(str(error).split())})") from None
+        raise DataError(f"not a whole Parquet file ({one_line(error)})") from None
 
 
 def read_id(path: Path, row: int) -> str | None:

@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from uni_x import launch
 from uni_x.devices import choose_device
-from uni_x.errors import RecipeError
+from uni_x.errors import RecipeError, one_line
 from uni_x.recipe import TrainRecipe
 
 # arguments that a recipe does not set, and what does in their place
@@ -88,7 +88,7 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         arguments = TrainingArguments(**settings)
         _try_schedule(arguments)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise RecipeError(f"trainer: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"trainer: {one_line(error)}") from None
     if arguments.max_steps <= 0:
         raise RecipeError("trainer.max_steps: the data has no end, so training needs a number of steps")
     if arguments.eval_strategy != "no" and recipe.validation is None:

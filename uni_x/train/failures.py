@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from uni_x.errors import DataError, ProcessError, RecipeError, RunError, UniXError
+from uni_x.errors import DataError, ProcessError, RecipeError, RunError, UniXError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _translated() -> Iterator[None]:
             raise
         raise _worker_died() from None
     except ImportError as error:
-        raise RecipeError(f"trainer: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"trainer: {one_line(error)}") from None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _worker_died() from None

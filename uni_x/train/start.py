@@ -16,7 +16,7 @@ from uni_x.data.render import UNCONDITIONAL, separator_of
 from uni_x.data.shards import iterate_samples
 from uni_x.data.templates import load_template
 from uni_x.data.text_tokenizer import settle_special_tokens, special_ids, train_text_tokenizer
-from uni_x.errors import ConfigError, DataError, RecipeError, RunError
+from uni_x.errors import ConfigError, DataError, RecipeError, RunError, one_line
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model.plan import plan_to_dicts
@@ -144,7 +144,7 @@ def make_text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"text_tokenizer.path: {section.path}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"text_tokenizer.path: {section.path}: {one_line(error, 200)}") from None
     try:
         added = settle_special_tokens(tokenizer, *others)
     except ConfigError as error:

@@ -57,7 +57,7 @@ class Telemetry:
 
     def add(self, labels: torch.Tensor, notes: BatchNotes, outputs: UniXOutput) -> None:
         """Takes a batch, by its `labels` `(batch, length)` and notes, and what the model said of it."""
-        self._losses += torch.stack([getattr(outputs, name).detach().float() for name in LOSSES])
+        self._losses += losses_of(outputs)
         self._counts += (*notes.tokens, notes.folders.size, sum(map(len, notes.sample_ids)), notes.left_out)
         if outputs.target_losses is not None:
             folders = torch.from_numpy(notes.folders).to(self._device, torch.int64)[:, :-1]
@@ -77,8 +77,8 @@ class Telemetry:
         if not sums["documents"]:
             return {}
         return {
-            **_means("loss_{}", ("text", "image"), [sums[name] for name in LOSSES]),
-            **_means("loss/{}", self._folders, totals[len(sums) :]),
+            **means("loss_{}", ("text", "image"), [sums[name] for name in LOSSES]),
+            **means("loss/{}", self._folders, totals[len(sums) :]),
             **self._tokens(sums, seconds),
             **self._memory(),
         }
@@ -118,7 +118,12 @@ def peak_operations(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_OPERATIONS.items() if part in name), None)
 
 
-def _means(key: str, names: Sequence[str], sums_and_counts: Sequence[float]) -> dict[str, float]:
+def losses_of(outputs: UniXOutput) -> torch.Tensor:
+    """`LOSSES` of a batch, as `(4,)` float32."""
+    return torch.stack([getattr(outputs, name).detach().float() for name in LOSSES])
+
+
+def means(key: str, names: Sequence[str], sums_and_counts: Sequence[float]) -> dict[str, float]:
     """A mean for each name that has a count, from the sums of all followed by the counts of all."""
     sums, counts = sums_and_counts[: len(names)], sums_and_counts[len(names) :]
     return {key.format(name): sum_ / count for name, sum_, count in zip(names, sums, counts, strict=True) if count}

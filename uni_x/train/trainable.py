@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from uni_x.errors import MissingExtraError, RecipeError
+from uni_x.errors import MissingExtraError, RecipeError, one_line
 from uni_x.model import UniXForCausalLM
 from uni_x.recipe import LoraSection
 
@@ -66,7 +66,7 @@ def add_adapters(model: UniXForCausalLM, section: LoraSection) -> Any:
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise RecipeError(f"lora: {' '.join(str(error).split())[:200]}") from None
+        raise RecipeError(f"lora: {one_line(error, 200)}") from None
 
 
 def merged(model: Any) -> UniXForCausalLM:

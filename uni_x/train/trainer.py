@@ -1,7 +1,7 @@
 """The Trainer of transformers, with losses apart by modality and data that goes on where it was."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from uni_x.train.checkpoints import (
     write_standing,
 )
 from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, name_parameters, take_over_state
-from uni_x.train.telemetry import LOSSES, Telemetry
+from uni_x.train.telemetry import LOSSES, Telemetry, losses_of, means
 from uni_x.train.universal import loads_universal, mend_loaded
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class UniXTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**self._prepare_inputs(inputs))
             if own < len(batches):
-                sums += torch.stack([getattr(outputs, name).detach().float() for name in LOSSES])
+                sums += losses_of(outputs)
         metrics = self._held_out_losses(sums, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -279,15 +279,13 @@ class UniXTrainer(Trainer):
 
     def _held_out_losses(self, sums: torch.Tensor, prefix: str) -> dict[str, float]:
         config = self.bare_model.config
-        text, image, texts, images = self._sum(sums).tolist()
+        totals = self._sum(sums).tolist()
+        text, image, texts, images = totals
         weighted = config.text_loss_weight * text + config.image_loss_weight * image
-        metrics = {f"{prefix}_loss": weighted / max(1.0, texts + images)}
-        metrics |= {
-            f"{prefix}_loss_{kind}": loss / count
-            for kind, loss, count in (("text", text, texts), ("image", image, images))
-            if count
+        return {
+            f"{prefix}_loss": weighted / max(1.0, texts + images),
+            **means(f"{prefix}_loss_{{}}", ("text", "image"), totals),
         }
-        return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers' does, unless weights are not numbers; its parts are tried again where storage fails."""
@@ -324,13 +322,6 @@ def _split_off_images(optimizer: torch.optim.Optimizer, model: nn.Module, factor
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
-        for parameters, times in _halves(group["params"], own, factor):
-            if parameters:
+        for is_own, times in ((False, 1.0), (True, factor)):
+            if parameters := [parameter for parameter in group["params"] if (parameter in own) == is_own]:
                 optimizer.param_groups.append({**group, "params": parameters, "lr": group["lr"] * times})
-
-
-def _halves(
-    parameters: Iterable[nn.Parameter], own: set[nn.Parameter], factor: float
-) -> tuple[tuple[list[nn.Parameter], float], tuple[list[nn.Parameter], float]]:
-    parameters = list(parameters)
-    return ([p for p in parameters if p not in own], 1.0), ([p for p in parameters if p in own], factor)

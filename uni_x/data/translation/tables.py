@@ -48,12 +48,8 @@ def open_table(path: Path, columns: tuple[str, ...]) -> Table:
     return _KINDS[kind](path, columns)
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """One JSON object a line; rows are counted as lines are, and an empty line is a row without columns."""
-
-    path: Path
-    columns: tuple[str, ...]
+class _RowALine:
+    """What tables of one row a line have in common."""
 
     def rows(self) -> Iterator[Row]:
         """See `Table`."""
@@ -64,7 +60,23 @@ class JsonLines:
         with writing_whole(out) as stream:
             for row, line in self._rows():
                 values = changes(row)
-                stream.write(_splice(line.decode("utf-8"), values).encode("utf-8") if values else line)
+                stream.write(self._rewritten(line, values) if values else line)
+
+    def _rows(self) -> Iterator[tuple[Row, bytes]]:
+        """Each row with its line."""
+        raise NotImplementedError
+
+    def _rewritten(self, line: bytes, values: Mapping[str, Any]) -> bytes:
+        """The line with these values in it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class JsonLines(_RowALine):
+    """One JSON object a line; rows are counted as lines are, and an empty line is a row without columns."""
+
+    path: Path
+    columns: tuple[str, ...]
 
     def _rows(self) -> Iterator[tuple[Row, bytes]]:
         for number, line in enumerate(_read_lines(self.path), start=1):
@@ -74,6 +86,9 @@ class JsonLines:
                 yield Row(number, {}, str(error)), line
             else:
                 yield make_row(number, {name: found[name] for name in self.columns if name in found}), line
+
+    def _rewritten(self, line: bytes, values: Mapping[str, Any]) -> bytes:
+        return _splice(line.decode("utf-8"), values).encode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -126,21 +141,10 @@ class TabSeparated:
 
 
 @dataclass(frozen=True)
-class PromptList:
+class PromptList(_RowALine):
     """One prompt a line, in a column called `prompt`; an empty line is a row too."""
 
     path: Path
-
-    def rows(self) -> Iterator[Row]:
-        """See `Table`."""
-        return (row for row, _ in self._rows())
-
-    def copy(self, out: Path, changes: Changes) -> None:
-        """See `Table`."""
-        with writing_whole(out) as stream:
-            for row, line in self._rows():
-                values = changes(row)
-                stream.write(values[PROMPT].encode("utf-8") + _end(line) if values else line)
 
     def _rows(self) -> Iterator[tuple[Row, bytes]]:
         for number, line in enumerate(_read_lines(self.path), start=1):
@@ -150,6 +154,10 @@ class PromptList:
                 yield Row(number, {}, str(error)), line
             else:
                 yield Row(number, {PROMPT: prompt}), line
+
+    def _rewritten(self, line: bytes, values: Mapping[str, Any]) -> bytes:
+        prompt: str = values[PROMPT]
+        return prompt.encode("utf-8") + _end(line)
 
 
 @dataclass(frozen=True, slots=True)
