@@ -60,6 +60,7 @@ def engine_words(engine: str, folder: Path) -> list[str]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
     }
+    folder.mkdir(exist_ok=True)
     (folder / "zero.json").write_text(json.dumps(zero))
     return [f"trainer.deepspeed={folder / 'zero.json'}"]
 
@@ -177,3 +178,30 @@ def test_accelerate_launches_by_the_configurations_that_come_along(recipe: Path)
     results = json.loads((recipe.parent / "run" / "results.json").read_text())
     assert results["processes"] == 2
     assert results["final"]["step"] == 3
+
+
+def test_a_training_takes_over_the_optimizers_state_from_another_engine(recipe: Path) -> None:
+    """One process from one, ZeRO-2 from it, ZeRO-3 from ZeRO-2, and one process from ZeRO-3 go on alike."""
+    first = ["trainer.max_steps=6", "trainer.lr_scheduler_type=constant", "keep_checkpoint=true"]
+    zero = {name: engine_words(name, recipe.parent / name) for name in ("zero2", "zero3")}
+    for run, words in (("one", AS_TWO), ("zero2", zero["zero2"]), ("zero3", zero["zero3"])):
+        done = finish(command(recipe, run, *words, *first, processes=2 if run in zero else 1))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def go_on(run: str, earlier: str, *words: str, processes: int = 1) -> dict[float, dict[str, float]]:
+        content = yaml.safe_load(recipe.read_text())
+        del content["image_tokenizer"], content["text_tokenizer"]
+        content["model"] = {"base": str(recipe.parent / earlier / "model")}
+        content["optimizer"]["state_from"] = str(recipe.parent / earlier)
+        file = recipe.with_name(f"{run}.yaml")
+        file.write_text(yaml.safe_dump(content))
+        done = finish(command(file, run, *words, "trainer.max_steps=8", "seed=5", processes=processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return entries(recipe.parent / run)
+
+    expected = go_on("one-one", "one", *AS_TWO)
+    fresh = go_on("fresh", "one", *AS_TWO, "optimizer.state_from=null")
+    assert worst(expected, fresh) > 1e-4
+    assert worst(expected, go_on("one-zero2", "one", *zero["zero2"], processes=2)) < 1e-5
+    assert worst(expected, go_on("zero2-zero3", "zero2", *zero["zero3"], processes=2)) < 1e-5
+    assert worst(expected, go_on("zero3-one", "zero3", *AS_TWO)) < 1e-5

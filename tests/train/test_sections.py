@@ -128,6 +128,12 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
     assert {int(values["step"]) for values in state["state"].values()} == {10}
     with pytest.raises(RecipeError, match="has no state of this kind for"):
         train(make_recipe("other", {"optimizer": {"state_from": first.run}, "model": {"num_hidden_layers": 3}}))
+    by_muon = make_recipe("muon", {"optimizer": {"name": "muon"}, "keep_checkpoint": True}, max_steps=1)
+    train(by_muon)
+    for earlier, name in ((first, "muon"), (by_muon, "adamw")):
+        section = {"optimizer": {"name": name, "state_from": earlier.run}}
+        with pytest.raises(RecipeError, match="has no state of this kind for"):
+            train(make_recipe(f"to-{name}", base | section, **options))
     with pytest.raises(RecipeError, match="has no checkpoint"):
         train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))
     # a checkpoint is a model to go on from, as a finished one is

@@ -129,8 +129,8 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
         raise RecipeError(f"drawings: cannot be made under {engine}, where no process has the whole model")
     if takes_weights_apart and recipe.lora is not None:
         raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
-    if sharded is not None and recipe.optimizer.state_from is not None:
-        raise RecipeError(f"optimizer.state_from: is for whole optimizers, {sharded} takes them apart; take it out")
+    if sharded == "FSDP" and recipe.optimizer.state_from is not None:
+        raise RecipeError("optimizer.state_from: cannot be given to an optimizer that FSDP takes apart; take it out")
 
 
 def _checked(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import StreamPosition
@@ -94,19 +94,16 @@ def remove_halves(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def optimizer_file(run: str) -> Path:
-    """The state of the optimizer in the last checkpoint of a run folder.
+def kept_checkpoint(run: str) -> Checkpoint:
+    """The last checkpoint of a run folder whose optimizer another run takes over.
 
     Raises:
-        RecipeError: for a run that has kept none, or has it in pieces.
+        RecipeError: for a run that has kept none.
     """
     checkpoint = last_whole_checkpoint(Path(run) / "checkpoints")
     if checkpoint is None:
         raise RecipeError(f"optimizer.state_from: {run} has no checkpoint; `keep_checkpoint: true` keeps the last one")
-    file = checkpoint.path / OPTIMIZER_NAME
-    if not file.is_file():
-        raise RecipeError(f"optimizer.state_from: {checkpoint.path} has its optimizer in pieces, for several processes")
-    return file
+    return checkpoint
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,13 @@ torch's own Muon iterates in bfloat16, which CPUs without such instructions emul
 this one iterates in the dtype it is told, and orthogonalises all matrices of one shape in one batched product.
 """
 
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
-
-from uni_x.errors import RecipeError
 
 # quintic Newton-Schulz coefficients of Jordan et al., "Muon" (2024)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -127,32 +123,6 @@ def name_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]
-
-
-def take_over_state(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Gives a new optimizer the state of an earlier one for parameters of the same names; its own settings stay.
-
-    Raises:
-        RecipeError: for a state of other parameters, or a file that is none.
-    """
-    try:
-        saved = torch.load(file, weights_only=True, map_location="cpu")
-        numbers = {
-            name: number
-            for group in saved["param_groups"]
-            for name, number in zip(group["param_names"], group["params"], strict=True)
-        }
-        states = {name: saved["state"][number] for name, number in numbers.items()}
-    except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, EOFError):
-        raise RecipeError(f"optimizer.state_from: {file} holds no state of an optimizer") from None
-    taken = optimizer.state_dict()
-    for ours, group in zip(optimizer.param_groups, taken["param_groups"], strict=True):
-        for name, number, parameter in zip(group["param_names"], group["params"], ours["params"], strict=True):
-            moments = [m for m in states.get(name, {}).values() if isinstance(m, torch.Tensor) and m.ndim]
-            if not moments or any(moment.shape != parameter.shape for moment in moments):
-                raise RecipeError(f"optimizer.state_from: {file} has no state of this kind for {name}")
-            taken["state"][number] = states[name]
-    optimizer.load_state_dict(taken)
 
 
 def gradients_by_modality(model: nn.Module) -> dict[str, list[torch.Tensor]]:

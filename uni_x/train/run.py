@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from uni_x.data.text_tokenizer import check_vocab_size
@@ -27,10 +27,11 @@ from uni_x.train.batches import (
 )
 from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
-from uni_x.train.checkpoints import last_whole_checkpoint, optimizer_file, read_standing, remove_halves
+from uni_x.train.checkpoints import kept_checkpoint, last_whole_checkpoint, read_standing, remove_halves
 from uni_x.train.failures import told_in_one_line
 from uni_x.train.reporters import settle_reporters
 from uni_x.train.start import check_heads, make_start, plan_fingerprint, tokenizers_fingerprint
+from uni_x.train.takeover import TakeOver, open_optimizer
 from uni_x.train.trainable import add_adapters, freeze, merged
 from uni_x.train.trainer import UniXTrainer
 from uni_x.train.universal import fit_to_launch
@@ -80,8 +81,8 @@ def check_before(recipe: TrainRecipe) -> TrainingArguments:
         UniXError: with the key that is wrong.
     """
     arguments = training_arguments(recipe)
-    if recipe.optimizer.state_from is not None:
-        optimizer_file(recipe.optimizer.state_from)
+    if recipe.optimizer.state_from is not None and last_whole_checkpoint(Path(str(arguments.output_dir))) is None:
+        kept_checkpoint(recipe.optimizer.state_from)
     section = recipe.model
     if section.base is None:
         if recipe.text_tokenizer.path is None:
@@ -126,6 +127,9 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     if checkpoint is not None and standing is not None:
         _refuse_other_ground(recipe, ground, standing.ground)
         fit_to_launch(checkpoint, arguments)
+    callbacks: list[TrainerCallback] = []
+    if checkpoint is None and recipe.optimizer.state_from is not None:
+        callbacks += [TakeOver(open_optimizer(kept_checkpoint(recipe.optimizer.state_from), arguments))]
     freeze(start.model, recipe.trainable)
     model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
     held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
@@ -147,7 +151,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
         model=model,
         args=arguments,
-        callbacks=[stop, metrics],
+        callbacks=[*callbacks, stop, metrics],
     )
     stop.trainer = trainer
     trainer.remove_callback(PrinterCallback)

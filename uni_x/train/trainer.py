@@ -22,12 +22,11 @@ from uni_x.train.checkpoints import (
     Checkpoint,
     Standing,
     last_whole_checkpoint,
-    optimizer_file,
     retried,
     seal,
     write_standing,
 )
-from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, name_parameters, take_over_state
+from uni_x.train.optimizers import MuonWithAdamW, gradients_by_modality, is_of_images, name_parameters
 from uni_x.train.telemetry import LOSSES, Telemetry, losses_of, means
 from uni_x.train.universal import loads_universal, mend_loaded
 
@@ -133,8 +132,6 @@ class UniXTrainer(Trainer):
         if section.vision_learning_rate is not None:
             _split_off_images(optimizer, nn_model, section.vision_learning_rate / section.learning_rate)
         name_parameters(optimizer, nn_model)
-        if section.state_from is not None:
-            take_over_state(optimizer, optimizer_file(section.state_from))
         self._group_settings = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
