@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from uni_x.errors import RecipeError, RunError
 from uni_x.model_folder import load_model_folder, save_model_folder
 from uni_x.recipe import TrainRecipe
 from uni_x.train.callbacks import read_metrics
-from uni_x.train.checkpoints import last_whole_checkpoint
+from uni_x.train.checkpoints import last_whole_checkpoint, read_standing
 from uni_x.train.run import train
 from uni_x.train.start import make_start
 
@@ -143,15 +144,21 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
     )
 
 
-def test_a_loss_that_is_no_number_ends_the_run(make_recipe: Any) -> None:
-    recipe = make_recipe("run", {"optimizer": {"learning_rate": 1e30}}, lr_scheduler_type="constant")
-    with pytest.raises(RunError, match="the loss is nan, in a batch of the samples 'caption-") as caught:
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_loss_that_is_no_number_ends_the_run(make_recipe: Any, batches: int) -> None:
+    options = {"lr_scheduler_type": "constant", "gradient_accumulation_steps": batches}
+    recipe = make_recipe("run", {"optimizer": {"learning_rate": 1e30}}, **options)
+    with pytest.raises(RunError, match=r"the loss is nan, in a batch of the samples '\w+-\d+', '") as caught:
         train(recipe)
     step = int(str(caught.value).removeprefix("step ").split(":")[0])
     checkpoint = Path(recipe.run) / "checkpoints" / f"checkpoint-{step - 1}"
     assert f"the weights before it are in {checkpoint}" in str(caught.value)
     assert load_model_folder(checkpoint).model.num_parameters() > 0
-    assert len(read_metrics(Path(recipe.run) / "metrics.jsonl")) == step - 1
+    entries = read_metrics(Path(recipe.run) / "metrics.jsonl")
+    assert len(entries) == step - 1 > 0
+    standing = read_standing(checkpoint)
+    assert standing.positions[0].batches == batches * (step - 1)
+    assert standing.tokens_seen == (entries[-1]["text_tokens_seen"], entries[-1]["image_tokens_seen"])
 
 
 def test_weights_that_are_no_numbers_take_no_checkpoints_place(make_recipe: Any) -> None:
@@ -268,6 +275,7 @@ def test_reporters_write_into_the_run_folder(make_recipe: Any, monkeypatch: Any)
     wandb.finish()
     train(recipe)
     wandb.finish()
+    assert not {"WANDB_RUN_ID", "TENSORBOARD_LOGGING_DIR"} & os.environ.keys()
     run = Path(recipe.run)
     log = event_accumulator.EventAccumulator(str(run / "tensorboard"))
     log.Reload()

@@ -109,9 +109,7 @@ def _validation_arguments(recipe: TrainRecipe) -> dict[str, Any]:
 def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
     """Refuses what the chosen engine cannot do, and lets ZeRO-3 save whole weights."""
     plugin = arguments.deepspeed_plugin
-    sharded = "FSDP" if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
     if plugin is not None:
-        sharded = "ZeRO"
         config = plugin.hf_ds_config.config
         if "optimizer" in config:
             raise RecipeError("DeepSpeed's configuration names an optimizer, the recipe another; take that one out")
@@ -121,16 +119,29 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
             raise RecipeError("optimizer.name: muon needs whole matrices, which ZeRO takes apart; use adamw, or DDP")
     if any(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) > 1 for kind in ("CP", "SP", "TP")):
         raise RecipeError("sequences and matrices cannot be divided over processes here; docs/scaling.md says why")
-    if sharded == "FSDP" and arguments.use_cpu:
-        raise RecipeError("FSDP: accelerate has it for GPUs alone; on CPUs take DDP (ddp.yaml) or ZeRO-3 (zero3.yaml)")
-    takes_weights_apart = sharded == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
-    engine = sharded if sharded == "FSDP" else "ZeRO-3"
-    if takes_weights_apart and recipe.drawings is not None:
-        raise RecipeError(f"drawings: cannot be made under {engine}, where no process has the whole model")
-    if takes_weights_apart and recipe.lora is not None:
-        raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
-    if sharded == "FSDP" and recipe.optimizer.state_from is not None:
-        raise RecipeError("optimizer.state_from: cannot be given to an optimizer that FSDP takes apart; take it out")
+    if _by_fsdp(arguments):
+        if arguments.use_cpu:
+            raise RecipeError(
+                "FSDP: accelerate has it for GPUs alone; on CPUs take DDP (ddp.yaml) or ZeRO-3 (zero3.yaml)"
+            )
+        if recipe.optimizer.state_from is not None:
+            raise RecipeError("optimizer.state_from: an optimizer that FSDP takes apart cannot have it; take it out")
+    if shards_weights(arguments):
+        engine = "FSDP" if _by_fsdp(arguments) else "ZeRO-3"
+        if recipe.drawings is not None:
+            raise RecipeError(f"drawings: cannot be made under {engine}, where no process has the whole model")
+        if recipe.lora is not None:
+            raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
+
+
+def shards_weights(arguments: TrainingArguments) -> bool:
+    """Whether the engine of this launch takes the weights apart among the processes."""
+    plugin = arguments.deepspeed_plugin
+    return _by_fsdp(arguments) or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _by_fsdp(arguments: TrainingArguments) -> bool:
+    return bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def _checked(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,15 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from uni_x.data.dataset import StreamPosition
+from uni_x.data.dataset import BatchNotes, StreamPosition
 from uni_x.errors import RecipeError, RunError
 from uni_x.runs import write_atomically
 
@@ -111,14 +112,21 @@ class Standing:
     """Where the processes of a run stood when a checkpoint was written.
 
     Attributes:
-        positions: of each process in the data.
+        positions: of each process in the data, or of one of them.
         ground: fingerprints of what a run cannot go on without: `data`, `tokenizers` and `plan`.
-        tokens_seen: text and image tokens that all processes together had trained on.
+        tokens_seen: text and image tokens that all processes together had trained on; the first one counts what was
+            before it, the others their own.
     """
 
     positions: list[StreamPosition]
     ground: dict[str, str]
     tokens_seen: tuple[int, int]
+
+    def after(self, batch: BatchNotes) -> Self:
+        """Where the one process of which this tells stands once a batch is used up."""
+        (position,) = self.positions
+        text, image = (seen + new for seen, new in zip(self.tokens_seen, batch.tokens, strict=True))
+        return replace(self, positions=[position.after(batch)], tokens_seen=(text, image))
 
 
 def write_standing(checkpoint: Path, rank: int, processes: int, standing: Standing) -> None:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
 from uni_x.train.checkpoints import kept_checkpoint, last_whole_checkpoint, read_standing, remove_halves
 from uni_x.train.failures import told_in_one_line
-from uni_x.train.reporters import settle_reporters
+from uni_x.train.reporters import reporters_at
 from uni_x.train.start import check_heads, make_start, plan_fingerprint, tokenizers_fingerprint
 from uni_x.train.takeover import TakeOver, open_optimizer
 from uni_x.train.trainable import add_adapters, freeze, merged
@@ -139,35 +140,37 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         run.begin(needs_bytes=max(0, needs - remove_halves(checkpoints)))
         save_tokenizers(start, checkpoints)
         tell_what_is_left_out(stream)
-    settle_reporters(arguments, run.path, recipe.tags)
     stop = StopOnSignal()
     metrics = Metrics(run.path / "metrics.jsonl", progress)
-    trainer = UniXTrainer(
-        optimizer_section=recipe.optimizer,
-        stream=stream,
-        ground=ground,
-        folders=[Path(source.path).name for source in recipe.data.sources],
-        held_out=held_out,
-        tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
-        model=model,
-        args=arguments,
-        callbacks=[*callbacks, stop, metrics],
-    )
-    stop.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    if recipe.drawings is not None:
-        trainer.add_callback(Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed))
-    with writing_into(run.path), told_in_one_line(), stop:
-        trainer.train_from(checkpoint)
-        if stop.stopped:
-            raise KeyboardInterrupt
-        weights = trainer.whole_weights()
-        if arguments.process_index == 0:
-            finished = replace(start, model=merged(trainer.bare_model))
-            save_model_folder(finished, model_dir, weights, model_card(recipe, finished.model.config, metrics.last()))
-            if not recipe.keep_checkpoint:
-                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
+    reporters = reporters_at(run.path, arguments, recipe.tags) if arguments.process_index == 0 else nullcontext()
+    with writing_into(run.path), told_in_one_line(), reporters:
+        trainer = UniXTrainer(
+            optimizer_section=recipe.optimizer,
+            stream=stream,
+            ground=ground,
+            folders=[Path(source.path).name for source in recipe.data.sources],
+            held_out=held_out,
+            tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
+            model=model,
+            args=arguments,
+            callbacks=[*callbacks, stop, metrics],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if recipe.drawings is not None:
+            trainer.add_callback(Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed))
+        stop.trainer = trainer
+        with stop:
+            trainer.train_from(checkpoint)
+            if stop.stopped:
+                raise KeyboardInterrupt
+            weights = trainer.whole_weights()
+            if arguments.process_index == 0:
+                finished = replace(start, model=merged(trainer.bare_model))
+                card = model_card(recipe, finished.model.config, metrics.last())
+                save_model_folder(finished, model_dir, weights, card)
+                if not recipe.keep_checkpoint:
+                    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
     return _finish(run, recipe, arguments, already_done=False)
 
 

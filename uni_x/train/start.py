@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from uni_x.data.encode import tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, separator_of
@@ -22,6 +21,7 @@ from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model.plan import plan_to_dicts
 from uni_x.model_folder import ModelFolder, load_model_folder
 from uni_x.recipe import ModelSection, TrainRecipe
+from uni_x.train.arguments import shards_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def make_start(recipe: TrainRecipe, arguments: TrainingArguments | None = None) 
 
 def _device_to_read_to(arguments: TrainingArguments | None) -> torch.device:
     """The process's GPU, unless an engine takes the weights apart while they are read."""
-    if arguments is None or is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+    if arguments is None or shards_weights(arguments):
         return torch.device("cpu")
     return arguments.device
 

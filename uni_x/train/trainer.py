@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
 from uni_x.errors import ProcessError, RecipeError, RunError
 from uni_x.recipe import OptimizerSection
+from uni_x.train.arguments import shards_weights
 from uni_x.train.checkpoints import (
     Checkpoint,
     Standing,
@@ -63,12 +64,11 @@ class UniXTrainer(Trainer):
         self.stop_agreed = False  # by all processes, so that they stop at the same step
         super().__init__(train_dataset=stream, eval_dataset=held_out or None, **kwargs)
         self._stream = stream
-        self._ground = ground
-        self._position = self._position_before = stream.position
+        seen = tokens_seen if self.args.process_index == 0 else (0, 0)
+        self._standing = self._standing_before = Standing([stream.position], ground, seen)
+        self._losses: list[tuple[torch.Tensor, BatchNotes]] = []  # of the batches of this step
         self._finished: Path | None = None  # a checkpoint of the last step, where there is nothing left to do
         self._grad_norms: dict[str, float] = {}
-        self._begun = -1  # the step whose batches come in
-        self._tokens_seen = [tokens_seen[0], tokens_seen[1]] if self.args.process_index == 0 else [0, 0]
         self._telemetry = Telemetry(
             self.bare_model.config,
             folders,
@@ -88,7 +88,7 @@ class UniXTrainer(Trainer):
         """Trains to the end, from a checkpoint where there is one."""
         if checkpoint is not None and checkpoint.step >= checkpoint.max_steps:
             self._finished = checkpoint.path
-            if not self._is_sharded:
+            if not shards_weights(self.args):
                 self._load_from_checkpoint(str(checkpoint.path))
             return
         if checkpoint is not None:
@@ -97,7 +97,7 @@ class UniXTrainer(Trainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights, by name, where no process has them all; every process has to call it. None elsewhere."""
-        if not self._is_sharded:
+        if not shards_weights(self.args):
             return None
         if self._finished is None:
             return self.accelerator.get_state_dict(self.model_wrapped)
@@ -107,12 +107,6 @@ class UniXTrainer(Trainer):
         if self.args.process_index:
             return {}
         return {name: weight for file in files for name, weight in load_file(file).items()}
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether the weights are taken apart among the processes."""
-        plugin = self.args.deepspeed_plugin
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the recipe, with a learning rate of its own for what images have of their own."""
@@ -155,17 +149,15 @@ class UniXTrainer(Trainer):
             RunError: in every process, once a checkpoint is saved, where the loss of one is not a number.
         """
         notes: BatchNotes = inputs.pop(NOTES)
-        if self._begun != self.state.global_step:
-            self._begun, self._position_before = self.state.global_step, self._position
+        if not self._losses:
+            self._standing_before = self._standing
         labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        is_odd = not torch.isfinite(loss.detach()).item()
-        if self._agree(is_odd, self.stop_requested):
-            self._stop_for_an_odd_loss(loss.item(), notes if is_odd else None)
-        self._position = self._position.after(notes)
-        for kind in (0, 1):
-            self._tokens_seen[kind] += notes.tokens[kind]
+        self._losses.append((loss.detach(), notes))
+        self._standing = self._standing.after(notes)
         self._telemetry.add(labels, notes, outputs)
+        if self.accelerator.sync_gradients:  # the last batch of the step
+            self._agree_to_go_on()
         return (loss, outputs) if return_outputs else loss
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -173,29 +165,32 @@ class UniXTrainer(Trainer):
         total: Any = self.accelerator.reduce(values, "sum")
         return total
 
-    def _agree(self, is_odd: bool, stop: bool) -> bool:
-        """Whether the loss of any process is not a number; settles on the way whether all stop after this step."""
-        flags = torch.tensor([is_odd, stop], dtype=torch.int32)
-        if self.args.world_size > 1:
-            flags = self._sum(flags.to(self.args.device))
-        odd, stopping = flags.tolist()
+    def _agree_to_go_on(self) -> None:
+        """Settles whether all stop after this step, or before it where a loss of any process is not a number."""
+        batches, self._losses = self._losses, []
+        is_odd = ~torch.isfinite(torch.stack([loss for loss, _ in batches]))
+        flags = torch.stack([is_odd.any(), is_odd.new_tensor(self.stop_requested)]).int()
+        odd, stopping = (self._sum(flags) if self.args.world_size > 1 else flags).tolist()
         self.stop_agreed = self.stop_agreed or bool(stopping)
-        return bool(odd)
+        if odd:
+            own = (batch for batch, flag in zip(batches, is_odd.tolist(), strict=True) if flag)
+            self._stop_for_an_odd_loss(next(own, None))
 
-    def _stop_for_an_odd_loss(self, loss: float, notes: BatchNotes | None) -> None:
+    def _stop_for_an_odd_loss(self, batch: tuple[torch.Tensor, BatchNotes] | None) -> None:
         """Saves what was there before this step, whose gradients are not used, and says where the loss came from."""
-        self._position = self._position_before
+        self._standing = self._standing_before
         step = self.state.global_step
         path = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self._agree_on_checkpoint(path):
             self.args.save_total_limit = None  # those before it may be the better ones
             self._save_checkpoint(self.model_wrapped, trial=None)
-        if notes is None:
+        if batch is None:
             raise RunError(f"step {step + 1}: another process had a loss that is not a number, and says more")
+        loss, notes = batch
         ids = [name for row in notes.sample_ids for name in row]
         more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
         raise ProcessError(
-            f"step {step + 1}: the loss is {loss}, in a batch of the samples "
+            f"step {step + 1}: the loss is {loss.item()}, in a batch of the samples "
             f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {path}, and older ones "
             "beside it where there were some. Look at these samples, or begin a new run from there (model.base) with a "
             "lower learning rate (optimizer.learning_rate) or smaller gradients (trainer.max_grad_norm)"
@@ -302,10 +297,8 @@ class UniXTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Writes where this process stands beside its random state, and seals the checkpoint once all have done so."""
         retried(lambda: super(UniXTrainer, self)._save_rng_state(output_dir))
-        seen = (self._tokens_seen[0], self._tokens_seen[1])
-        standing = Standing([self._position], self._ground, seen)
         rank, processes = self.args.process_index, self.args.world_size
-        retried(lambda: write_standing(Path(output_dir), rank, processes, standing))
+        retried(lambda: write_standing(Path(output_dir), rank, processes, self._standing))
         self.accelerator.wait_for_everyone()
         if rank == 0:
             retried(lambda: seal(Path(output_dir)))
