@@ -15,7 +15,7 @@ from uni_x.data.text_tokenizer import check_vocab_size
 from uni_x.devices import keep_freed_memory
 from uni_x.errors import RunError
 from uni_x.model.plan import build_plan, plan_from_dicts
-from uni_x.model_folder import save_model_folder, save_tokenizers
+from uni_x.model_folder import ModelFolder, save_model_folder, save_tokenizers
 from uni_x.recipe import TrainRecipe
 from uni_x.runs import RunFolder, writing_into
 from uni_x.train.arguments import training_arguments
@@ -107,8 +107,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     """
     arguments = check_before(recipe)
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"), may_differ=MAY_DIFFER)
-    model_dir = run.path / "model"
-    if model_dir.exists():
+    if (run.path / "model").exists():
         return _finish(run, recipe, arguments, already_done=True)
 
     keep_freed_memory()
@@ -131,6 +130,8 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     callbacks: list[TrainerCallback] = []
     if checkpoint is None and recipe.optimizer.state_from is not None:
         callbacks += [TakeOver(open_optimizer(kept_checkpoint(recipe.optimizer.state_from), arguments))]
+    if recipe.drawings is not None:
+        callbacks += [Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed)]
     freeze(start.model, recipe.trainable)
     model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
     held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
@@ -153,25 +154,29 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
             tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
             model=model,
             args=arguments,
-            callbacks=[*callbacks, stop, metrics],
+            callbacks=[stop, metrics, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        if recipe.drawings is not None:
-            trainer.add_callback(Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed))
         stop.trainer = trainer
         with stop:
             trainer.train_from(checkpoint)
             if stop.stopped:
                 raise KeyboardInterrupt
-            weights = trainer.whole_weights()
-            if arguments.process_index == 0:
-                finished = replace(start, model=merged(trainer.bare_model))
-                card = model_card(recipe, finished.model.config, metrics.last())
-                save_model_folder(finished, model_dir, weights, card)
-                if not recipe.keep_checkpoint:
-                    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+            _save_finished(trainer, start, run, recipe, metrics.last())
             trainer.accelerator.wait_for_everyone()
     return _finish(run, recipe, arguments, already_done=False)
+
+
+def _save_finished(
+    trainer: UniXTrainer, start: ModelFolder, run: RunFolder, recipe: TrainRecipe, entry: dict[str, float]
+) -> None:
+    """The model folder, of which every process may have a part; `entry` is the last one of the log."""
+    weights = trainer.whole_weights()
+    if trainer.args.process_index == 0:
+        finished = replace(start, model=merged(trainer.bare_model))
+        save_model_folder(finished, run.path / "model", weights, model_card(recipe, finished.model.config, entry))
+        if not recipe.keep_checkpoint:
+            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
 
 
 def _finish(run: RunFolder, recipe: TrainRecipe, arguments: TrainingArguments, already_done: bool) -> Trained:
