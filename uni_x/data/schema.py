@@ -58,7 +58,8 @@ class Sample:
 class SourceRow:
     """What a reader gives: a sample whose pictures need not be encoded yet.
 
-    `content_field` is what the source calls its caption, messages or text, where that is another name.
+    `content_field` is what the source calls its caption, messages or text, where that is another name. `input_ids` are
+    a text that a tokenizer has made into ids already; `uni_x.data.ready_ids` turns them back.
     """
 
     id: str
@@ -68,6 +69,7 @@ class SourceRow:
     text: str | None = None
     source: str = ""
     content_field: str | None = None
+    input_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
