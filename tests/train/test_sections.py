@@ -320,6 +320,7 @@ def test_what_is_left_out_is_told_on_the_terminal(make_recipe: Any, encoded_fold
     chats = [Sample(f"odd-{number}" if number < 8 else f"{number}", messages=odd if number < 8 else turns)
              for number in range(40)]  # fmt: skip
     chats.append(Sample("long", messages=(Message("user", "Hi"), Message("assistant", "Hello " * 200))))
+    chats.append(Sample("text", text="Hello " * 200))
     template = tmp_path / "template.jinja"
     template.write_text(
         "{{ raise_exception('no system') if messages[0].role == 'system' }}"
@@ -332,6 +333,8 @@ def test_what_is_left_out_is_told_on_the_terminal(make_recipe: Any, encoded_fold
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
     assert len([line for line in told if line.startswith("warning: left out: sample 'odd-")]) == 5
     assert any("are longer than max_length (128) and left out" in line for line in told)
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["left_out"] > metrics[0]["split"] > 0  # nine samples of 42, and one
     log = (tmp_path / "run" / "log.txt").read_text()
     assert sorted(set(re.findall(r"left out: sample '(odd-\d)'", log))) == [f"odd-{number}" for number in range(8)]
     assert len(re.findall(r"left out: sample", log)) == 8
