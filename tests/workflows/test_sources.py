@@ -39,7 +39,7 @@ def test_a_source_without_a_row_that_can_be_used_fails_each_time(tokenizer, tmp_
         assert str(caught.value) == (
             "pictures: none of its 5 rows can be used: "
             "2 such as 'the picture is too small: 4 x 20 pixels, min_side is 10', "
-            "2 such as 'the caption is missing: 3.txt', 1 such as 'the picture is empty'; "
+            "2 such as 'the caption is missing: 3.txt', 1 with 'the picture is empty'; "
             f"all of them: {out / 'rejects.jsonl'}; mend them, delete {out}, run again"
         )
 
@@ -54,12 +54,13 @@ def test_a_source_without_rows_fails(tokenizer, tmp_path):
 
 def test_rejects_of_many_kinds_are_summed_up(tokenizer, tmp_path):
     rows = [{"text": "a"}, {"text": ""}, {"text": ""}, {"caption": "a"}, {"text": 1}, {"url": "a"}, []]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = encode_source(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "out")
-    lines = describe_encoded("rows.jsonl", tmp_path / "out", summary).splitlines()
-    assert lines[0] == f"7 read = 1 written + 6 rejected, in {tmp_path / 'out'}"
-    assert lines[1].startswith("Rejected: 2 such as 'text: it is empty', 1 such as ")
-    assert ", and 2 other reasons; all of them: " in lines[1]
+    for count, others in ((7, "2 other reasons"), (6, "1 other reason")):
+        source, out = tmp_path / f"{count}.jsonl", tmp_path / f"out-{count}"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        lines = describe_encoded(source.name, out, encode_source(str(source), tokenizer, out)).splitlines()
+        assert lines[0] == f"{count} read = 1 written + {count - 1} rejected, in {out}"
+        assert lines[1].startswith("Rejected: 2 such as 'text: it is empty', 1 with 'images: a caption goes with ")
+        assert f", and {others}; all of them: " in lines[1]
 
 
 def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 
 from uni_x.errors import DataError
 from uni_x.pictures import Picture
+from uni_x.words import count_of
 
 IMAGE_PLACEHOLDER = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -180,4 +181,4 @@ def _check_placeholders(row: Sample | SourceRow) -> None:
         return
     images_first = row.messages is not None and not placeholders
     if placeholders != images and not images_first:
-        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")
+        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {count_of(images, 'image')}")

@@ -100,9 +100,8 @@ def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
         raise ProcessError(f"{source}: no rows in it")
     reasons = f"{frequent_reasons(out)}; all of them: {out / REJECTS}" if summary.rejected else ""
     if not summary.written:
-        raise ProcessError(
-            f"{source}: none of its {summary.read} rows can be used: {reasons}; mend them, delete {out}, run again"
-        )
+        none = "its one row cannot" if summary.read == 1 else f"none of its {summary.read} rows can"
+        raise ProcessError(f"{source}: {none} be used: {reasons}; mend them, delete {out}, run again")
     counts = _describe_counts(out, summary)
     return f"{counts}\nRejected: {reasons}" if reasons else counts
 
