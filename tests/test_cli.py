@@ -458,7 +458,7 @@ def test_what_is_missing_is_one_clear_line(
     ("words", "message"),
     [
         (["encode", "pictures", "--out", "data"], "--image-tokenizer is missing: which one encodes pictures?"),
-        (["encode", "scenes", "--out", "data", "--split", "test"], "--split and --streaming mean nothing to scenes"),
+        (["encode", "scenes", "--out", "data", "--split", "test"], "--text-tokenizer mean nothing to scenes"),
         (["encode", "pictures", "--out", "data", "--kind", "zip"], "'zip' is not one of"),
         (["generate", "model"], "Give a prompt, or a picture to describe"),
         (["generate", "model", "a heart", "--seed", "99999999999999999999"], "--seed"),

@@ -102,6 +102,9 @@ def encode(
             exists=True, file_okay=False, help="Where else pictures may lie that rows name, beside their file's folder."
         ),
     ] = None,
+    text_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the text tokenizer that made the input_ids of rows without a text.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Of a data set with several; train where it is left out.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub data set first.")] = False,
     device: Device = "auto",
@@ -119,8 +122,10 @@ def encode(
             f"--image-tokenizer is missing: which one encodes {source}? `uni-x tokenizer train` makes one from pictures"
         )
     options = SourceOptions(split, streaming, kind, pictures)
-    if source in (SCENES, OPENMOJI) and options != SourceOptions():
-        raise UsageError(f"--kind, --pictures, --split and --streaming mean nothing to {source}; leave them out")
+    if source in (SCENES, OPENMOJI) and (text_tokenizer is not None or options != SourceOptions()):
+        raise UsageError(
+            f"--kind, --pictures, --split, --streaming and --text-tokenizer mean nothing to {source}; leave them out"
+        )
     tokenizer = load_image_tokenizer(image_tokenizer or SCENES).to(choose_own_device(device))
     filters = Filters(max_aspect, tokenizer.resolution // 4 if min_side is None else min_side)
     with _progress() as progress:
@@ -138,6 +143,7 @@ def encode(
                 filters=filters,
                 batch_size=batch_size,
                 options=options,
+                text_tokenizer=text_tokenizer,
             )
     if not summary.finished or (summary.already_done and launch.rank() > 0):
         typer.echo(describe_share(out, summary))  # another process finds the folder whole, and tells of it

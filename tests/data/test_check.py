@@ -109,7 +109,7 @@ def test_faults_of_rows_name_shard_row_id_and_field(stored):
         (name, 2, "marks", "messages[1].content: it is null"),
         (name, 3, "role", "messages[1].role: it is null"),
         (name, 4, "turns", "messages: a conversation must end with the assistant's turn"),
-        (name, 5, "places", "text: 0 <image> for 1 images"),
+        (name, 5, "places", "text: 0 <image> for 1 image"),
         (name, 6, "none", "exactly one of caption, messages and text must be given, found none"),
         (name, 7, None, "id: it is null"),
         (name, 8, "null image", "images[0]: it is null"),

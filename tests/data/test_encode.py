@@ -97,7 +97,7 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
         {"part": "rows", "row": 2, "id": "c", "reason": "the reader said so"},
         {"part": "rows", "row": 4, "id": "e", "reason": f"images[1]: {no_picture}"},
-        {"part": "rows", "row": 5, "id": "f", "reason": "messages: 2 <image> for 1 images"},
+        {"part": "rows", "row": 5, "id": "f", "reason": "messages: 2 <image> for 1 image"},
         {"part": "rows", "row": 6, "id": "g", "reason": "caption: it is empty"},
     ]
 

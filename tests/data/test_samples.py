@@ -50,7 +50,7 @@ def test_whole_samples_pass(sample):
         (Sample("x", (), messages=()), "must end with the assistant's turn"),
         (Sample("x", (), messages=(Message("human", "a"), QUESTION[1])), "messages\\[0\\].role: 'human' is none of"),
         (Sample("x", (), messages=(Message("user", ""), QUESTION[1])), "messages\\[0\\].content: it is empty"),
-        (Sample("x", (IMAGE,), text="no place for it"), "'x', text: 0 <image> for 1 images"),
+        (Sample("x", (IMAGE,), text="no place for it"), "'x', text: 0 <image> for 1 image"),
         (with_codes(np.array([0, 1, 64, 3], dtype=np.uint16)), "codes: code 64 is not in a codebook of 64"),
         (with_codes(np.array([0, 1], dtype=np.uint16)), "codes: 2 codes do not fill a grid of 2 x 2"),
         (with_codes(np.array([0, 1, 2, 3])), "uint16 or uint32 is needed, not int64"),

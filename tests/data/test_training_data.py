@@ -169,11 +169,13 @@ def test_overlong_samples_are_counted(encoded_folder, make_stream, make_renderer
     long = [Sample("long", (make_image(),), caption="heart " * 50), Sample("text", (), text="heart " * 50)]
     folder = encoded_folder([*long, Sample("short", (make_image(),), caption="a")], "mixed")
     renderer = make_renderer(draw_instructions=[], describe_instructions=[])
-    stream = make_stream([Source(folder)], max_length=40, renderer=renderer)
-    assert stream.forecast.dropped > 0
-    assert stream.forecast.split > 0
-    stream = make_stream([Source(folder)], max_length=40, renderer=renderer, split_long_texts=False)
-    assert stream.forecast.split == 0
+    for split in (True, False):
+        stream = make_stream([Source(folder)], max_length=40, renderer=renderer, split_long_texts=split)
+        assert (stream.forecast.dropped > 0, stream.forecast.split > 0) == (True, split)
+        notes = [batch[NOTES] for batch in islice(stream, 200)]
+        taken = len({note.block for note in notes}) * stream._block_size / 3  # of each of the three
+        counted = sum(note.left_out for note in notes), sum(note.split for note in notes)
+        assert counted == pytest.approx((taken, taken) if split else (2 * taken, 0), rel=0.1)
 
 
 def test_samples_that_a_template_refuses_are_left_out_and_counted(encoded_folder, make_stream, make_renderer, caplog):
@@ -236,4 +238,4 @@ def test_a_position_says_where_the_process_stands(make_stream, small_blocks):
     assert position.batches == 10
     (worker,) = position.workers
     (block, used), *_ = worker.left
-    assert sum(len(stream.batches_of(number)[0]) for number in range(block)) + used == 10
+    assert sum(len(stream.block(number).batches) for number in range(block)) + used == 10

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,7 +28,6 @@ from transformers import Trainer
 
 from uni_x.data import dataset, shards
 from uni_x.data.schema import Message, Sample
-from uni_x.data.shards import shard_to_bytes
 from uni_x.errors import RecipeError, RunError
 from uni_x.model_folder import load_model_folder, save_model_folder
 from uni_x.recipe import TrainRecipe
@@ -231,19 +231,23 @@ def test_a_run_whose_base_has_another_plan_now_is_not_gone_on_with(make_recipe: 
 
 
 @pytest.mark.parametrize("what", ["data", "tokenizers"])
-def test_a_run_on_other_ground_is_not_gone_on_with(
-    make_recipe: Any, samples: Any, image_tokenizer: Any, what: str
-) -> None:
+def test_a_run_on_other_ground_is_not_gone_on_with(make_recipe: Any, image_tokenizer: Any, what: str) -> None:
     def stop(done: int, total: int, losses: dict[str, float]) -> None:
         if done == 6:
             raise InterruptedError
 
     recipe = make_recipe("run")
+    shard = Path(recipe.data.sources[0].path) / "part-00000.parquet"
+    table = pq.read_table(shard)
+    pq.write_table(table, shard, compression="none")
+    size = shard.stat().st_size
     with pytest.raises(InterruptedError):
         train(recipe, stop)
     if what == "data":
-        shard = Path(recipe.data.sources[0].path) / "part-00000.parquet"
-        shard.write_bytes(shard_to_bytes(samples[:9], 64))
+        captions = pc.replace_substring(table["caption"], "heart 1", "heard 1")
+        other = table.set_column(table.schema.get_field_index("caption"), "caption", captions)
+        pq.write_table(other, shard, compression="none")
+        assert shard.stat().st_size == size
     else:
         for weight in image_tokenizer.network.parameters():
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
@@ -334,6 +338,7 @@ def test_what_is_left_out_is_told_on_the_terminal(make_recipe: Any, encoded_fold
     chats = [Sample(f"odd-{number}" if number < 8 else f"{number}", messages=odd if number < 8 else turns)
              for number in range(40)]  # fmt: skip
     chats.append(Sample("long", messages=(Message("user", "Hi"), Message("assistant", "Hello " * 200))))
+    chats.append(Sample("text", text="Hello " * 200))
     template = tmp_path / "template.jinja"
     template.write_text(
         "{{ raise_exception('no system') if messages[0].role == 'system' }}"
@@ -346,6 +351,8 @@ def test_what_is_left_out_is_told_on_the_terminal(make_recipe: Any, encoded_fold
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
     assert len([line for line in told if line.startswith("warning: left out: sample 'odd-")]) == 5
     assert any("are longer than max_length (128) and left out" in line for line in told)
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[0]["left_out"] > metrics[0]["split"] > 0  # nine samples of 42, and one
     log = (tmp_path / "run" / "log.txt").read_text()
     assert sorted(set(re.findall(r"left out: sample '(odd-\d)'", log))) == [f"odd-{number}" for number in range(8)]
     assert len(re.findall(r"left out: sample", log)) == 8

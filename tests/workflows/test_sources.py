@@ -1,11 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import SourceOptions
+from uni_x.data.render import Renderer, Vocabulary
+from uni_x.data.shards import EncodedSamples
+from uni_x.data.text_tokenizer import tokenize, train_text_tokenizer
 from uni_x.errors import ProcessError, RunError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import PatchNetwork, TokenizerConfig
@@ -35,7 +39,7 @@ def test_a_source_without_a_row_that_can_be_used_fails_each_time(tokenizer, tmp_
         assert str(caught.value) == (
             "pictures: none of its 5 rows can be used: "
             "2 such as 'the picture is too small: 4 x 20 pixels, min_side is 10', "
-            "2 such as 'the caption is missing: 3.txt', 1 such as 'the picture is empty'; "
+            "2 such as 'the caption is missing: 3.txt', 1 with 'the picture is empty'; "
             f"all of them: {out / 'rejects.jsonl'}; mend them, delete {out}, run again"
         )
 
@@ -50,12 +54,13 @@ def test_a_source_without_rows_fails(tokenizer, tmp_path):
 
 def test_rejects_of_many_kinds_are_summed_up(tokenizer, tmp_path):
     rows = [{"text": "a"}, {"text": ""}, {"text": ""}, {"caption": "a"}, {"text": 1}, {"url": "a"}, []]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = encode_source(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "out")
-    lines = describe_encoded("rows.jsonl", tmp_path / "out", summary).splitlines()
-    assert lines[0] == f"7 read = 1 written + 6 rejected, in {tmp_path / 'out'}"
-    assert lines[1].startswith("Rejected: 2 such as 'text: it is empty', 1 such as ")
-    assert ", and 2 other reasons; all of them: " in lines[1]
+    for count, others in ((7, "2 other reasons"), (6, "1 other reason")):
+        source, out = tmp_path / f"{count}.jsonl", tmp_path / f"out-{count}"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        lines = describe_encoded(source.name, out, encode_source(str(source), tokenizer, out)).splitlines()
+        assert lines[0] == f"{count} read = 1 written + {count - 1} rejected, in {out}"
+        assert lines[1].startswith("Rejected: 2 such as 'text: it is empty', 1 with 'images: a caption goes with ")
+        assert f", and {others}; all of them: " in lines[1]
 
 
 def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):
@@ -64,3 +69,46 @@ def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):
     assert encode_source(str(tmp_path), tokenizer, tmp_path / "out", options=SourceOptions(kind="json")).written == 1
     with pytest.raises(RunError, match="made with another source"):
         encode_source(str(tmp_path), tokenizer, tmp_path / "out", options=SourceOptions(kind="jsonl"))
+
+
+def test_ready_ids_come_back_as_the_text_that_gives_them(uni_x, tmp_path):
+    texts = ["Hearts are red.", "\n\n two stars, é漢字🙂", "spelt out: <|endoftext|>"]
+    text_tokenizer = train_text_tokenizer(["Hearts are red.", "two stars"] * 5, 400)
+    text_tokenizer.save_pretrained(tmp_path / "text")
+    eos, marker = (text_tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|vision_start|>"))
+    ids = [tokenize(text_tokenizer, [text])[0] for text in texts]
+    unusable = {
+        "empty": ([], "input_ids: it is empty"),
+        "nothing but its end": ([eos], "input_ids: it is empty"),
+        "an image's": ([*ids[0], 900], f"input_ids[{len(ids[0])}]: 900 is none of the {len(text_tokenizer)} ids of"),
+        "a marker": ([5, marker, 6], "input_ids[1]: the special token <|vision_start|>, which a text"),
+        "two texts": ([*ids[0], eos, *ids[0]], f"input_ids[{len(ids[0])}]: the special token <|endoftext|>, which"),
+        "cut amidst a character": (ids[1][:-1], "input_ids: --text-tokenizer makes other ids of the text that they sp"),
+    }
+    rows = [{"input_ids": each, "data_type": "text"} for each in ids]
+    rows += [{"id": "ended", "input_ids": [*ids[0], eos]}, {"id": "padded", "input_ids": [*ids[1], eos, eos, eos]}]
+    rows += [{"id": name, "input_ids": each} for name, (each, _) in unusable.items()]
+    (source := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("encode", source, "--image-tokenizer", "scenes", "--out", tmp_path / "out")
+
+    code, out, err = uni_x(*command, "--text-tokenizer", tmp_path / "text")
+    assert (code, out.splitlines()[0]) == (0, f"11 read = 5 written + 6 rejected, in {tmp_path / 'out'}"), err
+    samples = list(EncodedSamples(tmp_path / "out", 1024))
+    assert [sample.text for sample in samples] == [*texts, texts[0], texts[1]]
+    vocabulary = Vocabulary(len(text_tokenizer), 1024, marker, marker + 1, eos, eos)
+    rendered = Renderer(text_tokenizer, vocabulary).render_all(samples, np.random.default_rng(0))
+    assert [each.input_ids.tolist() for each in rendered] == [[*each, eos] for each in (*ids, ids[0], ids[1])]
+    rejects = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    for reject, (name, (_, reason)) in zip(rejects, unusable.items(), strict=True):
+        assert (reject["id"], reject["reason"][: len(reason)]) == (name, reason)
+
+    train_text_tokenizer(["Hearts are red."], 300).save_pretrained(tmp_path / "other")
+    for option in ((), ("--text-tokenizer", tmp_path / "other")):
+        code, _, err = uni_x(*command, *option)
+        assert (code, err.count("\n")) == (1, 1)
+        assert err.startswith(f"error: {tmp_path / 'out'}: made with another text tokenizer (")
+    code, _, err = uni_x(*command[:-1], tmp_path / "without")
+    assert code == 1
+    assert "name its folder (--text-tokenizer)" in err
+    code, _, err = uni_x(*command[:-1], tmp_path / "nowhere", "--text-tokenizer", tmp_path / "nowhere")
+    assert (code, err) == (1, f"error: --text-tokenizer: {tmp_path / 'nowhere'} is not a folder\n")

@@ -57,7 +57,8 @@ class BatchNotes:
 
     Attributes:
         worker, block, used: its place in the stream: the batch is the `used`-th of a block that a worker has built.
-        left_out: with the first batch of a block, how many samples of the block are in no batch.
+        left_out, split: with the first batch of a block, how many samples of the block are in no batch, and how many
+            texts are cut into several.
         tokens: how many text and image tokens it has.
         sample_ids: of the documents in each row.
         folders: `(batch, length)`, which of the mixed folders each token comes from; -1 for padding.
@@ -67,9 +68,23 @@ class BatchNotes:
     block: int
     used: int
     left_out: int
+    split: int
     tokens: tuple[int, int]
     sample_ids: tuple[tuple[str, ...], ...]
     folders: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of a block of samples, by batches.
+
+    `left_out` of its samples are in none, because they are too long or refused, and `split` of its texts are cut into
+    several sequences.
+    """
+
+    batches: list[list[PackedRow]]
+    left_out: int
+    split: int
 
 
 @dataclass(frozen=True)
@@ -218,17 +233,18 @@ class TrainingStream(IterableDataset[Batch]):
         if not position.left:
             position = position.next()
         while True:
-            block, used = position.left[0]
-            batches, left_out = self.batches_of(block)
-            for number in range(used, len(batches)):
-                rows = batches[number]
+            number_of_block, used = position.left[0]
+            block = self.block(number_of_block)
+            for number in range(used, len(block.batches)):
+                rows = block.batches[number]
                 image_tokens = sum(row.image_tokens for row in rows)
                 yield self._collate(rows) | {
                     NOTES: BatchNotes(
                         own,
-                        block,
+                        number_of_block,
                         number + 1,
-                        0 if number else left_out,
+                        0 if number else block.left_out,
+                        0 if number else block.split,
                         (sum(len(row.input_ids) for row in rows) - image_tokens, image_tokens),
                         tuple(row.sample_ids for row in rows),
                         _folders_of_tokens(rows),
@@ -236,10 +252,10 @@ class TrainingStream(IterableDataset[Batch]):
                 }
             position = position.next()
 
-    def batches_of(self, block: int) -> tuple[list[list[PackedRow]], int]:
-        """The rows of a block, by batches, and how many of its samples are in none: too long, or refused."""
-        rng = np.random.default_rng((self._seed, block))
-        samples = self._samples_between(block * self._block_size, (block + 1) * self._block_size, rng)
+    def block(self, number: int) -> Block:
+        """A block of the stream."""
+        rng = np.random.default_rng((self._seed, number))
+        samples = self._samples_between(number * self._block_size, (number + 1) * self._block_size, rng)
         sequences, refused = self._render(samples, rng)
         self._tell_once(refused)
         rows, packed = self._pack(sequences)
@@ -247,9 +263,11 @@ class TrainingStream(IterableDataset[Batch]):
         if not self._packing:
             rows.sort(key=lambda row: len(row.input_ids))
             batches = self._cut(rows)
-            return [batches[index] for index in rng.permutation(len(batches))], left_out
-        # The rows at the end are the least full ones, and sorted by the lengths of their documents.
-        return self._cut([rows[index] for index in rng.permutation(len(rows))]), left_out
+            batches = [batches[index] for index in rng.permutation(len(batches))]
+        else:
+            # The rows at the end are the least full ones, and sorted by the lengths of their documents.
+            batches = self._cut([rows[index] for index in rng.permutation(len(rows))])
+        return Block(batches, left_out, packed.split)
 
     def _render(
         self, samples: list[tuple[int, Sample]], rng: np.random.Generator

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 
 from uni_x.data.inventory import Inventory
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
+from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
@@ -87,6 +89,7 @@ def encode(
     shard_size: int = 1000,
     batch_size: int | None = None,
     filters: Filters | None = None,
+    text_of_ids: TextOfIds | None = None,
     share: Share | None = None,
     progress: Progress | None = None,
 ) -> EncodeSummary:
@@ -101,11 +104,13 @@ def encode(
         shard_size: rows of a shard, rejects included.
         batch_size: pictures a call of the tokenizer; None for as many as its memory allows.
         filters: which pictures are rejected.
+        text_of_ids: reads rows of ready `input_ids`, which are rejected without it.
         share: which of several processes this is.
         progress: called with this process's totals so far after each batch and each shard that was there already.
 
-    On finished work it returns at once. Raises `RunError` where the folder was made with another tokenizer, source,
-    filter or shard size, where the source's files or rows have changed since, and where the folder cannot be written.
+    On finished work it returns at once. Raises `RunError` where the folder was made with other tokenizers, another
+    source, filter or shard size, where the source's files or rows have changed since, and where the folder cannot be
+    written.
     """
     out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
@@ -115,6 +120,7 @@ def encode(
         "codebook_size": tokenizer.codebook_size,
         "shard_size": shard_size,
         "filters": asdict(filters),
+        "text_tokenizer": None if text_of_ids is None else text_of_ids.fingerprint,
     }
     if inventory is not None:
         manifest["inventory"] = asdict(inventory)
@@ -122,7 +128,8 @@ def encode(
     if finished is not None:
         return finished
     folder = _Folder(out_dir, parts, shard_size)
-    own = _Encoder(folder, tokenizer, filters, batch_size, progress or (lambda summary: None)).run(share)
+    prepare_row = partial(prepare, tokenizer=tokenizer, filters=filters, text_of_ids=text_of_ids)
+    own = _Encoder(folder, tokenizer, prepare_row, batch_size, progress or (lambda summary: None)).run(share)
     return folder.finish(manifest) or own
 
 
@@ -172,12 +179,19 @@ def _check_made_alike(out_dir: Path, found: dict[str, Any], manifest: dict[str, 
     mend = "choose another folder, or delete this one to encode again"
     for key, value in manifest.items():
         if key != "inventory" and not _is_alike(key, found.get(key), value):
-            was, now = (str(each)[:12] if key == "tokenizer" else each for each in (found.get(key), value))
+            was, now = (_shown(key, each) for each in (found.get(key), value))
             raise RunError(f"{out_dir}: made with another {key.replace('_', ' ')} ({was}, now {now}); {mend}")
     if "inventory" in found and "inventory" in manifest:  # manifests of earlier versions have none
         now, then = Inventory(**manifest["inventory"]), Inventory(**found["inventory"])
         if changed := now.changed_since(then):
             raise RunError(f"{out_dir}: {manifest['source']} has changed since it was encoded ({changed}); {mend}")
+
+
+def _shown(key: str, value: object) -> object:
+    """What a manifest says, in a few words."""
+    if value is None:
+        return "none"
+    return str(value)[:12] if key.endswith("tokenizer") else value
 
 
 def _is_alike(key: str, earlier: object, now: object) -> bool:
@@ -284,11 +298,16 @@ class _Encoder:
     """One process's work: rows are prepared by threads, encoded here, and written by another thread, all at once."""
 
     def __init__(
-        self, folder: _Folder, tokenizer: ImageTokenizer, filters: Filters, batch_size: int | None, progress: Progress
+        self,
+        folder: _Folder,
+        tokenizer: ImageTokenizer,
+        prepare_row: Callable[[Load], Prepared | Rejection],
+        batch_size: int | None,
+        progress: Progress,
     ):
         self._folder = folder
         self._tokenizer = tokenizer
-        self._filters = filters
+        self._prepare_row = prepare_row
         self._batch_size = batch_size or tokenizer.pictures_at_once
         self._progress = progress
         self._done = EncodeSummary()
@@ -318,7 +337,7 @@ class _Encoder:
         return self._done
 
     def _prepare(self, item: _Row | _End) -> Prepared | Rejection | None:
-        return prepare(item.load, self._tokenizer, self._filters) if isinstance(item, _Row) else None
+        return self._prepare_row(item.load) if isinstance(item, _Row) else None
 
     def _rows(self, share: Share) -> Iterator[_Row | _End]:
         """The rows of the chunks that this process has to make, each chunk followed by its end."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from uni_x.data.readers.folders import TABLES, directories
 from uni_x.data.readers.kinds import DATASET, PICTURES, REPOSITORY, kind_of_file, kind_of_folder
 from uni_x.pictures import is_picture_name
+from uni_x.words import count_of
 
 _CAPTION_SUFFIXES = (".txt", ".json")
 
@@ -36,7 +37,7 @@ class Inventory:
         return f"{earlier} then, {self} now"
 
     def __str__(self) -> str:
-        return f"{self.files:,} file{'' if self.files == 1 else 's'} of {self.bytes:,} bytes"
+        return f"{count_of(self.files, 'file')} of {count_of(self.bytes, 'byte')}"
 
 
 def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None = None) -> Inventory:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from uni_x.data.ready_ids import TextOfIds, with_text
 from uni_x.data.schema import CodeGrid, Load, Rejection, Sample, SourceRow, check_content, check_sample
 from uni_x.errors import DataError
 from uni_x.pictures import Picture, open_picture
@@ -60,12 +61,15 @@ class Prepared:
     images: list[Pixels | CodeGrid]
 
 
-def prepare(load: Load, tokenizer: ImageTokenizer, filters: Filters) -> Prepared | Rejection:
-    """Reads a row, checks its content, and decodes its pictures to the tokenizer's resolution."""
+def prepare(
+    load: Load, tokenizer: ImageTokenizer, filters: Filters, text_of_ids: TextOfIds | None = None
+) -> Prepared | Rejection:
+    """Reads a row, checks its content, and decodes its pictures to the tokenizer's resolution, and its ready ids."""
     row = load()
     if isinstance(row, Rejection):
         return row
     try:
+        row = with_text(row, text_of_ids)
         check_content(row)
         return Prepared(row, [_prepare_image(row, number, tokenizer, filters) for number in range(len(row.images))])
     except DataError as error:

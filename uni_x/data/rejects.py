@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uni_x.runs import writing_whole
+from uni_x.words import count_of
 
 REJECTS = "rejects.jsonl"
 _NAMED_REASONS = 3
@@ -31,9 +32,12 @@ def frequent_reasons(folder: Path) -> str:
             kind = _kind(reason)
             counts[kind] += 1
             examples.setdefault(kind, reason)
-    named = [f"{count} such as {examples[kind]!r}" for kind, count in counts.most_common(_NAMED_REASONS)]
+    named = [
+        f"{count:,} {'with' if count == 1 else 'such as'} {examples[kind]!r}"
+        for kind, count in counts.most_common(_NAMED_REASONS)
+    ]
     others = len(counts) - len(named)
-    return ", ".join(named) + (f", and {others} other reasons" if others else "")
+    return ", ".join(named) + (f", and {count_of(others, 'other reason')}" if others else "")
 
 
 def _kind(reason: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from uni_x.data.layouts import HouseLayout, Markers, PublishedLayout, Segment, TemplateLayout
 from uni_x.data.schema import IMAGE_PLACEHOLDER, CodeGrid, Message, Sample
 from uni_x.data.templates import Template, load_template
+from uni_x.data.text_tokenizer import tokenize
 from uni_x.errors import ConfigError, DataError, InputError
 from uni_x.recipe import RenderOptions
 
@@ -242,13 +243,7 @@ class Renderer:
             missing = [key for key in wanted if key[1] == special and key not in texts]
             if not missing:
                 continue
-            encoded = self._tokenizer(
-                [text for text, _ in missing],
-                add_special_tokens=False,
-                split_special_tokens=not special,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            encoded = tokenize(self._tokenizer, [text for text, _ in missing], special)
             texts.update((key, np.array(ids, dtype=np.int64)) for key, ids in zip(missing, encoded, strict=True))
             self._ids_kept += sum(map(len, encoded))
         return texts

@@ -14,6 +14,7 @@ import numpy as np
 
 from uni_x.errors import DataError
 from uni_x.pictures import Picture
+from uni_x.words import count_of
 
 IMAGE_PLACEHOLDER = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -58,7 +59,8 @@ class Sample:
 class SourceRow:
     """What a reader gives: a sample whose pictures need not be encoded yet.
 
-    `content_field` is what the source calls its caption, messages or text, where that is another name.
+    `content_field` is what the source calls its caption, messages or text, where that is another name. `input_ids` are
+    a text that a tokenizer has made into ids already; `uni_x.data.ready_ids` turns them back.
     """
 
     id: str
@@ -68,6 +70,7 @@ class SourceRow:
     text: str | None = None
     source: str = ""
     content_field: str | None = None
+    input_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,4 +181,4 @@ def _check_placeholders(row: Sample | SourceRow) -> None:
         return
     images_first = row.messages is not None and not placeholders
     if placeholders != images and not images_first:
-        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {images} images")
+        raise DataError(f"{where}: {placeholders} {IMAGE_PLACEHOLDER} for {count_of(images, 'image')}")

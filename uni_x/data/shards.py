@@ -7,8 +7,10 @@ of more than 65,536 codes.
 
 import bisect
 import contextlib
+import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +24,7 @@ from uni_x.errors import DataError, one_line
 
 MANIFEST = "manifest.json"
 _SHUFFLED_TOGETHER = 2**15  # samples
+_END_BYTES = 2**16  # what Arrow reads of a file to find its footer
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _OPTIONAL_COLUMNS = {"caption": pa.string(), "messages": _MESSAGES, "text": pa.string(), "source": pa.string()}
 
@@ -137,10 +140,11 @@ class ShuffledShards:
         return self._length
 
     @property
-    def inventory(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and used samples of each shard; other data most likely has another one."""
+    def inventory(self) -> list[tuple[str, int, str, int]]:
+        """Name, bytes, a digest of the end and used samples of each shard; other data most likely has another one."""
         return [
-            (path.name, path.stat().st_size, kept) for path, kept in zip(self._paths, self._kept.tolist(), strict=True)
+            (path.name, path.stat().st_size, _digest_of_end(path), kept)
+            for path, kept in zip(self._paths, self._kept.tolist(), strict=True)
         ]
 
     def sample(self, position: int) -> Sample:
@@ -277,6 +281,13 @@ def _count_rows(path: Path) -> int:
         return pq.read_metadata(path).num_rows
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
+
+
+def _digest_of_end(path: Path) -> str:
+    """Of the footer, with the sizes and ranges of all columns, and of the texts in front of it as far as they reach."""
+    with path.open("rb") as stream:
+        stream.seek(-min(_END_BYTES, path.stat().st_size), os.SEEK_END)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -1,13 +1,14 @@
-"""Trains the text tokenizer of a small model on the texts that the model will see."""
+"""Text tokenizers: one that is trained on the texts that a small model will see, and those of others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from uni_x.errors import ConfigError
+from uni_x.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -56,6 +57,33 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
         additional_special_tokens=[VISION_START, VISION_END],
         clean_up_tokenization_spaces=False,
     )
+
+
+def load_text_tokenizer(folder: str | Path, named: str) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a folder; `named` is the option or key that names it, for errors.
+
+    Raises `DataError` for a folder that is none.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{named}: {folder} is not a folder")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library tokenizers raises nothing narrower
+        raise DataError(f"{named}: {folder}: {one_line(error, 200)}") from None
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    """The ids of texts, with nothing put around them; special tokens spelled in them are such only where `special`."""
+    encoded: Any = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=not special,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -4,18 +4,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from uni_x.data.encode import tokenizer_fingerprint
 from uni_x.data.render import UNCONDITIONAL, separator_of
 from uni_x.data.shards import iterate_samples
 from uni_x.data.templates import load_template
-from uni_x.data.text_tokenizer import settle_special_tokens, special_ids, train_text_tokenizer
-from uni_x.errors import ConfigError, DataError, RecipeError, RunError, one_line
+from uni_x.data.text_tokenizer import (
+    load_text_tokenizer,
+    settle_special_tokens,
+    special_ids,
+    train_text_tokenizer,
+)
+from uni_x.errors import ConfigError, RecipeError, RunError
 from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model.plan import plan_to_dicts
@@ -139,12 +143,7 @@ def make_text_tokenizer(recipe: TrainRecipe, codebook_size: int) -> PreTrainedTo
         trained = train_text_tokenizer(_texts(recipe, codebook_size), section.vocab_size)
         settle_special_tokens(trained, *others)
         return trained
-    if not Path(section.path).is_dir():
-        raise DataError(f"text_tokenizer.path: {section.path} is not a folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"text_tokenizer.path: {section.path}: {one_line(error, 200)}") from None
+    tokenizer = load_text_tokenizer(section.path, "text_tokenizer.path")
     try:
         added = settle_special_tokens(tokenizer, *others)
     except ConfigError as error:

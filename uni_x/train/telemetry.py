@@ -16,7 +16,7 @@ from uni_x.model.size import count_operations
 PEAK_OPERATIONS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 PASSES = 3  # a training step takes three times the operations of a forward pass
 
-COUNTS = ("text_tokens", "image_tokens", "places", "documents", "left_out")
+COUNTS = ("text_tokens", "image_tokens", "places", "documents", "left_out", "split")
 LOSSES = ("loss_text", "loss_image", "targets_text", "targets_image")
 
 
@@ -58,7 +58,8 @@ class Telemetry:
     def add(self, labels: torch.Tensor, notes: BatchNotes, outputs: UniXOutput) -> None:
         """Takes a batch, by its `labels` `(batch, length)` and notes, and what the model said of it."""
         self._losses += losses_of(outputs)
-        self._counts += (*notes.tokens, notes.folders.size, sum(map(len, notes.sample_ids)), notes.left_out)
+        documents = sum(map(len, notes.sample_ids))
+        self._counts += (*notes.tokens, notes.folders.size, documents, notes.left_out, notes.split)
         if outputs.target_losses is not None:
             folders = torch.from_numpy(notes.folders).to(self._device, torch.int64)[:, :-1]
             place = folders.remainder(self._by_folder.shape[1]).flatten()  # padding, -1, is the last column
@@ -97,8 +98,7 @@ class Telemetry:
             "padding": 1 - tokens / sums["places"],
             "tflops": speed / 1e12,
         }
-        if sums["left_out"]:
-            figures["left_out"] = sums["left_out"]
+        figures |= {name: sums[name] for name in ("left_out", "split") if sums[name]}
         if (peak := peak_operations(self._device)) is not None:
             figures["mfu"] = speed / peak
         return figures

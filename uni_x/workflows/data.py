@@ -15,6 +15,7 @@ from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
 from uni_x.data.stats import DataStatistics, FolderStatistics, TokenCounts, statistics
 from uni_x.errors import UsageError
 from uni_x.recipe import DataSection, RenderOptions, SourceSection, TrainRecipe, check_recipe, load_recipe
+from uni_x.words import count_of
 
 if TYPE_CHECKING:
     from uni_x.data.render import Renderer
@@ -75,8 +76,8 @@ def _describe_mixture(folders: Sequence[Path]) -> Iterator[str]:
 
 
 def _describe_report(report: CheckReport) -> Iterator[str]:
-    held = f"{_count(report.samples, 'sample')} with {_count(report.images, 'image')}"
-    yield f"{report.folder}: {held} in {_count(report.shards, 'shard')}"
+    held = f"{count_of(report.samples, 'sample')} with {count_of(report.images, 'image')}"
+    yield f"{report.folder}: {held} in {count_of(report.shards, 'shard')}"
     for finding in report.findings:
         yield from _describe_finding(finding)
     if report.ok:
@@ -197,20 +198,22 @@ def _describe(found: DataStatistics, joined: bool) -> Iterator[str]:
         yield f"longer than a row of {found.max_length:,}: none"
     else:
         yield f"longer than a row of {found.max_length:,}: {longer:,}"
-        if too_long.split:
-            yield f"  cut into several: {_count(too_long.split, 'text')} of {_count(too_long.split_tokens, 'token')}"
-        if too_long.dropped:
-            yield f"  left out: {_count(too_long.dropped, 'sequence')} of {_count(too_long.dropped_tokens, 'token')}"
+        for became, number, noun, tokens in (
+            ("cut into several", too_long.split, "text", too_long.split_tokens),
+            ("left out", too_long.dropped, "sequence", too_long.dropped_tokens),
+        ):
+            if number:
+                yield f"  {became}: {count_of(number, noun)} of {count_of(tokens, 'token')}"
     yield from _refusals(found)
     if not packing.rows:
         yield f"packing: no sequence fits into a row of {packing.max_length:,}"
     elif joined:
         yield (
-            f"packing: {_count(packing.documents, 'sequence')} in {_count(packing.rows, 'row')} of "
+            f"packing: {count_of(packing.documents, 'sequence')} in {count_of(packing.rows, 'row')} of "
             f"{packing.max_length:,}, {packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
         )
     else:
-        yield f"packing none: {_count(packing.rows, 'row')} of one sequence each"
+        yield f"packing none: {count_of(packing.rows, 'row')} of one sequence each"
 
 
 def _sources(folders: Sequence[FolderStatistics]) -> Iterator[tuple[str, TokenCounts]]:
@@ -223,7 +226,7 @@ def _sources(folders: Sequence[FolderStatistics]) -> Iterator[tuple[str, TokenCo
 
 def _refusals(found: DataStatistics) -> Iterator[str]:
     if found.refused:
-        yield f"refused by layout or template, and left out: {_count(found.refused, 'sample')}"
+        yield f"refused by layout or template, and left out: {count_of(found.refused, 'sample')}"
         for folder in found.folders:
             if folder.refusal:
                 yield f"  {folder.path}: {folder.refused:,}, the first is {folder.refusal}"
@@ -238,7 +241,3 @@ def _table(name: str, rows: Sequence[tuple[str, TokenCounts]], total: TokenCount
         share = counts.tokens / total.tokens
         numbers = f"{counts.sequences:>14,}{counts.text_tokens:>16,}{counts.image_tokens:>16,}"
         yield f"{group:<{width}}{numbers}{share:>15.1%}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

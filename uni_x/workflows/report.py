@@ -21,6 +21,7 @@ from uni_x.runs import write_atomically
 from uni_x.scenes import ATTRIBUTION, SIDE
 from uni_x.scenes.world import CELLS
 from uni_x.train.callbacks import read_metrics
+from uni_x.words import count_of
 
 PROMPTS_SHOWN = 9  # of each task; a row holds three
 HELD_OUT_SHOWN = 6  # of each task with held-out combinations
@@ -100,11 +101,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}{SPACE}h{SPACE}{minutes}{SPACE}min"
     return f"{minutes}{SPACE}min{SPACE}{rest}{SPACE}s" if minutes else f"{rest}{SPACE}s"
-
-
-def count_of(number: int, noun: str) -> str:
-    """`1 picture`, `1,200 pictures`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def large(number: float) -> str:

@@ -13,6 +13,7 @@ from uni_x.data.inventory import take_inventory
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import SourceOptions, open_source
 from uni_x.data.readers.parts import to_unicode
+from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import REJECTS, frequent_reasons
 from uni_x.data.schema import Load, Message, Part, SourceRow
 from uni_x.errors import ProcessError
@@ -36,6 +37,7 @@ def encode_source(
     filters: Filters | None = None,
     batch_size: int | None = None,
     options: SourceOptions | None = None,
+    text_tokenizer: Path | None = None,
 ) -> EncodeSummary:
     """Encodes a source into `out`, or this process's share of it where a launcher started several.
 
@@ -48,9 +50,10 @@ def encode_source(
         filters: which pictures are rejected.
         batch_size: pictures that are encoded at once; None for as many as memory allows.
         options: what else is said of the source.
+        text_tokenizer: the folder of the one that made ready `input_ids`.
 
     Raises:
-        DataError: where the source is not there.
+        DataError: where the source or the text tokenizer is not there.
         RunError: where its files are not those that `out` was made of; and what else `encode` raises.
     """
 
@@ -80,6 +83,7 @@ def encode_source(
         inventory=inventory,
         batch_size=batch_size,
         filters=filters,
+        text_of_ids=None if text_tokenizer is None else TextOfIds(text_tokenizer),
         share=launched_share(),
         progress=report,
     )
@@ -96,9 +100,8 @@ def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
         raise ProcessError(f"{source}: no rows in it")
     reasons = f"{frequent_reasons(out)}; all of them: {out / REJECTS}" if summary.rejected else ""
     if not summary.written:
-        raise ProcessError(
-            f"{source}: none of its {summary.read} rows can be used: {reasons}; mend them, delete {out}, run again"
-        )
+        none = "its one row cannot" if summary.read == 1 else f"none of its {summary.read} rows can"
+        raise ProcessError(f"{source}: {none} be used: {reasons}; mend them, delete {out}, run again")
     counts = _describe_counts(out, summary)
     return f"{counts}\nRejected: {reasons}" if reasons else counts
 

@@ -60,11 +60,11 @@ def test_a_caption_that_is_described_gets_a_question():
     check_content(row)
 
 
-def test_ready_ids_count_only_beside_their_text():
+def test_ready_ids_count_where_there_is_no_text():
     assert to_row(data_type="text", text="words", input_ids=[1, 2]).text == "words"
-    for fields in ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "data_type": "text", "text": None}):
-        with pytest.raises(DataError, match="input_ids: ids mean nothing without the tokenizer that made them"):
-            to_row(**fields)
+    assert to_row(text="words", input_ids=[1, 2]).input_ids is None
+    for fields in ({}, {"data_type": "text", "text": None}, {"text": ""}):
+        assert to_row(input_ids=[1, 2], **fields).input_ids == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,11 @@ def test_ids_and_sources_of_its_own():
         ({"image": b"", "caption": "a"}, "^image: the picture is empty"),
         ({"images": [RED, {"bytes": None, "path": None}], "text": "a"}, r"^images\[1\]: the picture is empty"),
         ({"video": "a.mp4", "text": "a"}, "^video: texts and pictures are read, videos and sound are not"),
+        ({"input_ids": "[1, 2]"}, "^input_ids: a list is needed, not str"),
+        ({"input_ids": [1, 2.0]}, r"^input_ids\[1\]: a whole number is needed, not float"),
+        ({"input_ids": [[1, 2]]}, r"^input_ids\[0\]: a whole number is needed, not list"),
+        ({"input_ids": [1, 2], "image": RED}, "^input_ids: ready ids are read in rows of text alone"),
+        ({"input_ids": None}, "^input_ids: it is empty"),
         ({"url": "a", "size": 3}, r"no caption, messages or text in it.*\(its fields: url, size\)"),
         ({}, r"\(its fields: none\)"),
     ],

@@ -20,7 +20,8 @@ _IMAGES = (
 )
 _FILES = ("file_name", "filename", "file", "path")  # pictures where they are named like one
 _UNREAD = ("video", "videos", "audio", "audios")
-_ALTERNATIVES = ("caption", "captions", "text", "content", "txt", "messages", "conversations", "texts")
+_PLAIN = ("caption", "captions", "text", "content", "txt")
+_ALTERNATIVES = (*_PLAIN, "messages", "conversations", "texts", "input_ids")
 _CONTENTS = (*_ALTERNATIVES, "output", "response")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURN_SPLIT, _PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
@@ -33,10 +34,10 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
     """The row that `fields` stand for.
 
     Known are captions (`image` or `images` with `caption` or `text`), documents (`text`, `content`), conversations
-    (`messages`, `conversations`, FineVision's `texts`, the fields of Alpaca and OpenOrca) and the rows with
-    `data_type` and `vqcode_512` of the published research code. Of several fields for pictures the first that is not
-    empty counts, and so it is with captions, texts and conversations; fields of None count as missing. A row's own
-    `id` (or `uid`, `key`, `__key__`) takes the place of `row_id`, its `source` that of `source`. `resolve` finds
+    (`messages`, `conversations`, FineVision's `texts`, the fields of Alpaca and OpenOrca), ready `input_ids`, and the
+    rows with `data_type` and `vqcode_512` of the published research code. Of several fields for pictures the first that
+    is not empty counts, and so it is with captions, texts and conversations; fields of None count as missing. A row's
+    own `id` (or `uid`, `key`, `__key__`) takes the place of `row_id`, its `source` that of `source`. `resolve` finds
     files that the row names; without it none may be named.
 
     Raises `DataError` with the reason where the fields fit no kind, or hold a video or sound. Whether texts and
@@ -61,10 +62,10 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a row says: as a caption, messages or a text, and the field that it stands in."""
+    """What a row says: as a caption, messages, a text or ready ids, and the field that it stands in."""
 
     kind: str
-    value: Any  # a text, or messages
+    value: Any  # a text, messages or ids
     field: str
 
 
@@ -136,10 +137,12 @@ def _question(fields: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def _plain_content(fields: Mapping[str, Any], images: int) -> _Content | None:
+    if "input_ids" in fields and not any(name in fields for name in _PLAIN):
+        return _Content("input_ids", _ready_ids(fields, images), "input_ids")
     if "data_type" in fields and ("vqcode_512" in fields or not images):
         name = _published_field(fields)
         return _Content("text", _text(fields, name), name)
-    for name in ("caption", "captions", "text", "content", "txt"):
+    for name in _PLAIN:
         if name in fields:
             is_choice = images > 0 and isinstance(fields[name], list | tuple)
             text = first_caption(fields[name], name) if is_choice else _text(fields, name)
@@ -159,7 +162,6 @@ def first_caption(captions: Iterable[object], name: str) -> str:
 
 
 def _refuse_content(fields: Mapping[str, Any]) -> NoReturn:
-    _refuse_input_ids(fields)
     empty = next((name for name in _CONTENTS if name in fields and fields[name] is None), None)
     if empty is not None:
         raise DataError(f"{empty}: it is empty")
@@ -176,19 +178,20 @@ def _text(fields: Mapping[str, Any], name: str, optional: bool = False) -> str:
     return value
 
 
-def _refuse_input_ids(fields: Mapping[str, Any]) -> None:
-    if fields.get("input_ids") is not None:
-        raise DataError(
-            "input_ids: ids mean nothing without the tokenizer that made them; "
-            "put their text into the row, as `text: tokenizer.decode(input_ids)`"
-        )
+def _ready_ids(fields: Mapping[str, Any], images: int) -> tuple[int, ...]:
+    if images:
+        raise DataError("input_ids: ready ids are read in rows of text alone; rows with pictures need their text")
+    ids = _list(fields["input_ids"], "input_ids")
+    for number, id_ in enumerate(ids):
+        if type(id_) is not int:
+            raise DataError(f"input_ids[{number}]: a whole number is needed, not {type(id_).__name__}")
+    return tuple(ids)
 
 
 def _published_field(fields: Mapping[str, Any]) -> str:
     for name in ("text", "caption"):
         if name in fields:
             return name
-    _refuse_input_ids(fields)
     raise DataError("neither text nor caption is given")
 
 
