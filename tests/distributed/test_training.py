@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from uni_x.model_folder import load_model_folder
+from uni_x.train.checkpoints import last_whole_checkpoint
 
 STEPS = 60
 LOSSES = ("loss", "loss_text", "loss_image", "loss/encoded")
@@ -178,6 +179,17 @@ def test_accelerate_launches_by_the_configurations_that_come_along(recipe: Path)
     results = json.loads((recipe.parent / "run" / "results.json").read_text())
     assert results["processes"] == 2
     assert results["final"]["step"] == 3
+
+
+def test_a_process_tries_again_what_it_could_not_write_under_zero(recipe: Path) -> None:
+    words = [*engine_words("zero2", recipe.parent), f"run={recipe.parent / 'run'}", "trainer.max_steps=6"]
+    module = ["-m", "tests.distributed.flaky_worker", "train", str(recipe)]
+    done = finish([sys.executable, *LAUNCHER, *module, *words, "keep_checkpoint=true"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("storage fails") == 1
+    checkpoint = last_whole_checkpoint(recipe.parent / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert len(list(checkpoint.path.glob("global_step6/*_optim_states.pt"))) == 2
 
 
 def test_a_training_takes_over_the_optimizers_state_from_another_engine(recipe: Path) -> None:

@@ -289,8 +289,13 @@ class UniXTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save = partial(super()._save_optimizer_and_scheduler, output_dir)
+        if self.is_deepspeed_enabled:  # its processes wait for each other on the way, so each tries its own files again
+            engine: Any = self.deepspeed
+            writer = engine.checkpoint_engine
+            write = type(writer).save
+            writer.save = lambda *content, **more: retried(partial(write, writer, *content, **more))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            save()  # the processes wait for each other on the way
+            save()
         else:
             retried(save)
 
