@@ -105,18 +105,18 @@ def test_faults_of_rows_name_shard_row_id_and_field(stored):
     assert kinds(report) == {"schema": 10, "codes": 1}
     name = "part-0.parquet"
     assert said(report, "schema") == [
-        (name, 1, "empty", "caption: it is empty"),
-        (name, 2, "marks", "messages[1].content: it is null"),
-        (name, 3, "role", "messages[1].role: it is null"),
-        (name, 4, "turns", "messages: a conversation must end with the assistant's turn"),
-        (name, 5, "places", "text: 0 <image> for 1 image"),
-        (name, 6, "none", "exactly one of caption, messages and text must be given, found none"),
-        (name, 7, None, "id: it is null"),
-        (name, 8, "null image", "images[0]: it is null"),
-        (name, 9, "null message", "messages[0].role: it is null"),
-        (name, 10, "grid", "images[0].codes: 3 codes do not fill a grid of 2 x 2"),
+        (name, 2, "empty", "caption: it is empty"),
+        (name, 3, "marks", "messages[1].content: it is null"),
+        (name, 4, "role", "messages[1].role: it is null"),
+        (name, 5, "turns", "messages: a conversation must end with the assistant's turn"),
+        (name, 6, "places", "text: 0 <image> for 1 image"),
+        (name, 7, "none", "exactly one of caption, messages and text must be given, found none"),
+        (name, 8, None, "id: it is null"),
+        (name, 9, "null image", "images[0]: it is null"),
+        (name, 10, "null message", "messages[0].role: it is null"),
+        (name, 11, "grid", "images[0].codes: 3 codes do not fill a grid of 2 x 2"),
     ]
-    assert said(report, "codes") == [(name, 11, "codes", "images[0]: code 64 is not in a codebook of 64")]
+    assert said(report, "codes") == [(name, 12, "codes", "images[0]: code 64 is not in a codebook of 64")]
 
 
 def test_codes_of_other_integer_types_are_judged_one_by_one(stored):
@@ -131,7 +131,7 @@ def test_codes_of_other_integer_types_are_judged_one_by_one(stored):
         schema=schema,
     )
     report = check(folder, codes=Codes(CODEBOOK_SIZE))
-    assert [(row, row_id) for _, row, row_id, _ in said(report, "schema")] == [(1, "2"), (2, "3"), (3, "4")]
+    assert [(row, row_id) for _, row, row_id, _ in said(report, "schema")] == [(2, "2"), (3, "3"), (4, "4")]
     assert said(report, "schema")[0][3] == "images[0].codes: a code is null, below 0 or above 4294967295"
     assert kinds(report) == {"schema": 3}
 
@@ -144,7 +144,7 @@ def test_text_that_is_not_utf_8_is_a_fault_of_its_row(stored, tmp_path):
     broken = table.set_column(2, "caption", pa.Array.from_buffers(pa.string(), 2, raw.buffers()))
     pq.write_table(broken, path)
     report = check(folder)
-    assert said(report, "schema") == [("part-0.parquet", 0, "a", "caption: it is not valid Unicode (a lone surrogate)")]
+    assert said(report, "schema") == [("part-0.parquet", 1, "a", "caption: it is not valid Unicode (a lone surrogate)")]
 
 
 def test_a_code_is_held_against_the_manifests_codebook_where_none_is_given(encoded):
@@ -161,7 +161,7 @@ def test_images_of_another_grid_than_the_tokenizers_are_found(stored):
     assert check(folder).ok
     report = check(folder, codes=Codes(CODEBOOK_SIZE, (2, 2)))
     message = "images[0]: 1 x 2 codes, the tokenizer makes 2 x 2"
-    assert said(report, "codes") == [("part-0.parquet", 1, "b", message)]
+    assert said(report, "codes") == [("part-0.parquet", 2, "b", message)]
 
 
 def test_repeated_ids_and_contents_name_where_they_were_before(stored):
@@ -170,10 +170,10 @@ def test_repeated_ids_and_contents_name_where_they_were_before(stored):
     report = check(folder)
     assert kinds(report) == {"id": 1, "content": 2}
     assert report.ok  # these are remarks
-    assert said(report, "id") == [("part-1.parquet", 1, "b", "it has the id of part-0.parquet, row 1")]
+    assert said(report, "id") == [("part-1.parquet", 2, "b", "it has the id of part-0.parquet, row 2")]
     assert said(report, "content") == [
-        ("part-1.parquet", 0, "c", "it has the texts and codes of part-0.parquet, row 0"),
-        ("part-1.parquet", 2, "d", "it has the texts and codes of part-1.parquet, row 1"),
+        ("part-1.parquet", 1, "c", "it has the texts and codes of part-0.parquet, row 1"),
+        ("part-1.parquet", 3, "d", "it has the texts and codes of part-1.parquet, row 2"),
     ]
 
 
@@ -198,9 +198,9 @@ def test_repeats_are_found_over_many_batches(encoded_folder, make_image):
     report = check(encoded_folder(texts), limit=3)
     assert kinds(report) == {"content": 100}
     assert [found[:3] for found in said(report, "content")] == [
-        ("part-00090.parquet", 0, "text-900"),
-        ("part-00090.parquet", 1, "text-901"),
-        ("part-00090.parquet", 2, "text-902"),
+        ("part-00090.parquet", 1, "text-900"),
+        ("part-00090.parquet", 2, "text-901"),
+        ("part-00090.parquet", 3, "text-902"),
     ]
 
 
@@ -219,7 +219,7 @@ def test_rows_of_large_row_groups_keep_their_images_and_messages(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=parquet_schema(CODEBOOK_SIZE)), tmp_path / "a.parquet")
     report = check(tmp_path, codes=Codes(CODEBOOK_SIZE))
-    assert said(report, "schema") == [("a.parquet", 700, "700", "messages[1].content: it is empty")]
+    assert said(report, "schema") == [("a.parquet", 701, "700", "messages[1].content: it is empty")]
     assert kinds(report) == {"schema": 1}
     assert report.images == sum(number % 3 for number in range(1000))
 
@@ -235,7 +235,7 @@ def test_a_shard_that_cannot_be_read_is_a_finding_and_the_others_are_checked(sto
     shard, row, _, message = said(report, "unreadable")[0]
     assert (shard, row) == ("part-1.parquet", None)
     assert message.startswith("not a whole Parquet file")
-    assert said(report, "schema")[0][:3] == ("part-2.parquet", 0, "c")
+    assert said(report, "schema")[0][:3] == ("part-2.parquet", 1, "c")
     assert report.samples == 2
 
 
@@ -250,7 +250,7 @@ def test_a_row_group_that_is_damaged_leaves_those_before_it(tmp_path):
     report = check(tmp_path)
     assert report.samples == 300
     assert kinds(report) == {"unreadable": 1}
-    assert said(report, "unreadable")[0][:2] == ("a.parquet", 300)
+    assert said(report, "unreadable")[0][:2] == ("a.parquet", 301)
 
 
 def test_missing_and_foreign_columns_are_named(stored):
@@ -310,7 +310,7 @@ def test_only_the_first_of_many_are_kept(stored):
     folder = stored(*(captioned(f"{number}", " " * (number + 1)) for number in range(30)))
     (finding,) = check(folder, limit=4).findings
     assert (finding.kind, finding.count) == ("schema", 30)
-    assert [example.row for example in finding.examples] == [0, 1, 2, 3]
+    assert [example.row for example in finding.examples] == [1, 2, 3, 4]
 
 
 def test_nothing_to_check_is_an_error(tmp_path):
@@ -357,9 +357,9 @@ def test_prompts_of_a_benchmark_are_found_in_captions_questions_and_texts(stored
     report = check(folder, benchmarks=[prompts, asked])
     assert kinds(report) == {"benchmark": 3}
     assert said(report, "benchmark") == [
-        ("part-0.parquet", 0, "drawn", "caption: it is the text of prompts.txt, line 1"),
-        ("part-0.parquet", 2, "asked", "messages[0].content: it is the text of asked.jsonl, line 1"),
-        ("part-0.parquet", 3, "told", "text: it is the text of prompts.txt, line 3"),
+        ("part-0.parquet", 1, "drawn", "caption: it is the text of prompts.txt, line 1"),
+        ("part-0.parquet", 3, "asked", "messages[0].content: it is the text of asked.jsonl, line 1"),
+        ("part-0.parquet", 4, "told", "text: it is the text of prompts.txt, line 3"),
     ]
 
 
@@ -406,10 +406,10 @@ def test_benchmarks_are_read_from_tables(tmp_path, benchmark):
     )
     jsonl = benchmark("bench.jsonl", '{"prompt": "a cat", "text": ["x"]}\n{"caption": "a dog", "text": "a cow"}\n')
     texts = BenchmarkTexts([tsv, parquet, jsonl])
-    assert texts.find('is it a "heart"').where == "mme.tsv, row 0"
-    assert texts.find("a star").where == "mme.tsv, row 1"
-    assert texts.find("A blue car.").where == "t2i.parquet, row 0"
-    assert texts.find("a sea").where == "t2i.parquet, row 1"
+    assert texts.find('is it a "heart"').where == "mme.tsv, row 1"
+    assert texts.find("a star").where == "mme.tsv, row 2"
+    assert texts.find("A blue car.").where == "t2i.parquet, row 1"
+    assert texts.find("a sea").where == "t2i.parquet, row 2"
     assert texts.find("a dog").where == texts.find("a cow").where == "bench.jsonl, line 2"
     assert texts.find("QUJD") is None
     assert texts.find("x") is None
@@ -425,9 +425,9 @@ def test_benchmarks_are_read_from_json_lists_and_folders_of_texts(tmp_path, benc
     texts = BenchmarkTexts([strings, objects, folder])
     found = {text: match and match.where for text in ("a cat", "a dog", "a cow") if (match := texts.find(text))}
     assert found == {
-        "a cat": "strings.json, element 0",
-        "a dog": "strings.json, element 1",
-        "a cow": "objects.json, element 0",
+        "a cat": "strings.json, element 1",
+        "a dog": "strings.json, element 2",
+        "a cow": "objects.json, element 1",
     }
     assert texts.find("A red heart left of a car.").where == "prompts, 0.txt"
     assert texts.find("a sea").where == "prompts, 1.txt"
@@ -454,7 +454,7 @@ def test_benchmarks_are_read_from_json_lists_and_folders_of_texts(tmp_path, benc
         ("a.parquet", "no", DataError, "not a whole Parquet file"),
         ("a.json", "[", DataError, "not valid JSON"),
         ("a.json", '{"prompt": "a"}', DataError, "a JSON list of texts or objects is needed, not dict"),
-        ("a.json", '["a", 1]', DataError, "element 1: a text or an object is needed, not int"),
+        ("a.json", '["a", 1]', DataError, "element 2: a text or an object is needed, not int"),
     ],
 )
 def test_benchmarks_that_cannot_be_read_are_errors(benchmark, name, content, error, message):
@@ -483,11 +483,11 @@ def test_the_lines_say_what_is_wrong_and_where(stored, tokenizer_folder):
     assert list(checked.lines) == [
         f"{folder}: 5 samples with 5 images in 2 shards",
         "  error: samples that cannot be trained on: 3",
-        "    part-1.parquet, row 0 ('0'): caption: it is empty",
-        "    part-1.parquet, row 1 ('1'): caption: it is empty",
+        "    part-1.parquet, row 1 ('0'): caption: it is empty",
+        "    part-1.parquet, row 2 ('1'): caption: it is empty",
         "    and 1 more",
         "  remark: samples with the texts and codes of an earlier one: 1",
-        "    part-0.parquet, row 1 ('again'): it has the texts and codes of part-0.parquet, row 0",
+        "    part-0.parquet, row 2 ('again'): it has the texts and codes of part-0.parquet, row 1",
     ]
 
 
@@ -531,10 +531,10 @@ def test_what_folders_have_in_common_names_both(encoded_folder, make_image):
         [
             "all folders together",
             "  remark: samples with the id of one in an earlier folder: 1",
-            f"    {second}/part-00000.parquet, row 2 ('11'): it has the id of {first}/part-00001.parquet, row 1",
+            f"    {second}/part-00000.parquet, row 3 ('11'): it has the id of {first}/part-00001.parquet, row 2",
             "  remark: samples with the texts and codes of one in an earlier folder: 1",
-            f"    {second}/part-00000.parquet, row 3 ('moon'): it has the texts and codes of "
-            f"{first}/part-00000.parquet, row 3",
+            f"    {second}/part-00000.parquet, row 4 ('moon'): it has the texts and codes of "
+            f"{first}/part-00000.parquet, row 4",
         ],
     )
 

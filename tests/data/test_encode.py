@@ -58,8 +58,8 @@ def test_a_folder_becomes_shards_rejects_and_a_manifest(picture_folder, image_to
     assert [call.read for call in calls] == sorted(call.read for call in calls)
     assert len(list(out.glob("part-*.parquet"))) == 5
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert rejects[0] == {"part": "pictures", "row": 6, "id": "06.png", "reason": "the caption is missing: 06.txt"}
-    assert [reject["row"] for reject in rejects] == [6, 13]
+    assert rejects[0] == {"part": "pictures", "row": 7, "id": "06.png", "reason": "the caption is missing: 06.txt"}
+    assert [reject["row"] for reject in rejects] == [7, 14]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["finished"]
     assert manifest["source"] == str(picture_folder)
@@ -95,10 +95,10 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
     assert samples[0].messages == question
     no_picture = f"the file is no picture of a format that is read ({', '.join(FORMATS)})"
     assert [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
-        {"part": "rows", "row": 2, "id": "c", "reason": "the reader said so"},
-        {"part": "rows", "row": 4, "id": "e", "reason": f"images[1]: {no_picture}"},
-        {"part": "rows", "row": 5, "id": "f", "reason": "messages: 2 <image> for 1 image"},
-        {"part": "rows", "row": 6, "id": "g", "reason": "caption: it is empty"},
+        {"part": "rows", "row": 3, "id": "c", "reason": "the reader said so"},
+        {"part": "rows", "row": 5, "id": "e", "reason": f"images[1]: {no_picture}"},
+        {"part": "rows", "row": 6, "id": "f", "reason": "messages: 2 <image> for 1 image"},
+        {"part": "rows", "row": 7, "id": "g", "reason": "caption: it is empty"},
     ]
 
 

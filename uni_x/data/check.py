@@ -50,7 +50,7 @@ _REPEATED = {"id": "id", "content": "texts and codes"}
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One fault: the shard's name, the row in it, counted from 0, and the sample's id, where it has them."""
+    """One fault: the shard's name, the row in it, counted from 1, and the sample's id, where it has them."""
 
     message: str
     shard: str | None = None
@@ -221,10 +221,11 @@ class _Samples:
         self._paths.append(path)
         self._starts.append(self.count)
         try:
-            for number, row in enumerate(read_rows(path)):
+            for number, row in enumerate(read_rows(path), start=1):
                 self._check(row, path.name, number)
         except DataError as error:
-            self.faults.add("unreadable", Example(str(error), path.name, self.count - self._starts[-1] or None))
+            before = self.count - self._starts[-1]
+            self.faults.add("unreadable", Example(str(error), path.name, before + 1 if before else None))
 
     def report_repeats(self) -> None:
         """Reports what is there twice, once the last shard has been gone through."""
@@ -238,10 +239,10 @@ class _Samples:
             self.faults.add_unnamed(kind, max(0, len(repeats) - self.faults.limit))
 
     def place(self, position: int) -> tuple[Path, int]:
-        """The shard of a sample, and its row there."""
+        """The shard of a sample, and its row there, counted from 1."""
         # An unreadable shard has no rows, so that the next one starts where it does; the last of them has the row.
         shard = bisect.bisect_right(self._starts, position) - 1
-        return self._paths[shard], position - self._starts[shard]
+        return self._paths[shard], position - self._starts[shard] + 1
 
     def _check(self, row: StoredRow, shard: str, number: int) -> None:
         def report(kind: str, message: str) -> None:

@@ -202,8 +202,8 @@ def _is_alike(key: str, earlier: object, now: object) -> bool:
 
 @dataclass(frozen=True)
 class _ShardRecord:
-    """What the footer of a shard tells: the rows of the source it stands for, those of them that were rejected, and
-    whether the part ends with it."""
+    """What the footer of a shard tells: the rows of the source it stands for, those of them that were rejected, whose
+    `row` counts from 0 there, and whether the part ends with it."""
 
     read: int
     first_id: str
@@ -260,7 +260,7 @@ class _Folder:
             nonlocal total
             for record in self._records():
                 total += record.summary
-                yield from record.rejects
+                yield from ({**reject, "row": reject["row"] + 1} for reject in record.rejects)
 
         try:
             write_rejects(self.path, rejects())

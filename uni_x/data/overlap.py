@@ -143,7 +143,7 @@ def _json_list_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elements = parse_json(path.read_bytes())
     if not isinstance(elements, list):
         raise DataError(f"a JSON list of texts or objects is needed, not {type(elements).__name__}")
-    for number, element in enumerate(elements):
+    for number, element in enumerate(elements, start=1):
         where = f"element {number}"
         if not isinstance(element, str | dict):
             raise DataError(f"{where}: a text or an object is needed, not {type(element).__name__}")
@@ -196,11 +196,9 @@ def _known_columns(names: Sequence[str]) -> list[str]:
 
 
 def _batch_rows(batches: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield f"row {number}", row
-            number += 1
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
 
 
 _READERS = {

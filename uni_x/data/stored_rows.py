@@ -71,11 +71,11 @@ def read_rows(path: Path) -> Iterator[StoredRow]:
 
 
 def read_id(path: Path, row: int) -> str | None:
-    """The id of a row that has been read before."""
+    """The id of a row, counted from 1, that has been read before."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=["id"]):
-            if row < len(batch):
-                return _texts(_column(batch.slice(row, 1), "id"))[0]
+            if row <= len(batch):
+                return _texts(_column(batch.slice(row - 1, 1), "id"))[0]
             row -= len(batch)
     return None
 

@@ -121,7 +121,7 @@ def test_a_large_saved_dataset_has_several_parts(datasets, tmp_path):
     rows = [list(part.rows()) for part in parts]
     assert [len(part) for part in rows] == [10_000, 10_000, 5_000]
     assert [(part[0]().id, part[0]().text) for part in rows] == [
-        (f"train:{number}", f"{number}") for number in (0, 10_000, 20_000)
+        (f"train:{number + 1}", f"{number}") for number in (0, 10_000, 20_000)
     ]
 
 
@@ -221,7 +221,7 @@ def test_datasets_of_the_hub_are_read_streamed_or_not(tmp_path, files, rows):
         )
         server.shutdown()
     assert run.returncode == 0, run.stderr
-    expected = [f"{part}:{number} {row}" for part in ("train-00000", "train") for number, row in enumerate(rows)]
+    expected = [f"{part}:{number} {row}" for part in ("train-00000", "train") for number, row in enumerate(rows, 1)]
     assert run.stdout.splitlines() == expected
 
 

@@ -114,4 +114,4 @@ def test_files_that_are_gone_are_told(tmp_path):
     (part,) = open_source(str(path))
     path.unlink()
     (load,) = part.rows()
-    assert load() == Rejection("a.jsonl:rest", "the rest of a.jsonl is lost, from row 0 on: No such file or directory")
+    assert load() == Rejection("a.jsonl:rest", "the rest of a.jsonl is lost, from row 1 on: No such file or directory")

@@ -19,13 +19,13 @@ def test_parquet_of_many_kinds(tmp_path):
     write_parquet(tmp_path / "c.parquet", on_disk)
     (tmp_path / "README.md").write_text("not data")
     rows = read(tmp_path)
-    ids = ["a.parquet:0", "b.parquet:0", "b.parquet:1", "c.parquet:0", "c.parquet:1"]
+    ids = ["a.parquet:1", "b.parquet:1", "b.parquet:2", "c.parquet:1", "c.parquet:2"]
     assert [row.id for row in rows] == ids
     assert (rows[0].images, rows[0].source) == ((RED,), "fine")
     assert rows[0].messages == (Message("user", "1?"), Message("assistant", "2"))
     assert [row.images for row in rows[1:4]] == [(RED,), (BLUE,), (tmp_path / "disk.png",)]
     assert rows[1].source == tmp_path.name
-    assert list(reasons(rows)) == ["c.parquet:1"]
+    assert list(reasons(rows)) == ["c.parquet:2"]
     assert rows[4].reason.startswith("the picture is outside the folder of the file that names it")
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
     path.write_bytes(content)
     rows = read(path)
     assert [row.text for row in rows if not isinstance(row, Rejection)] == texts[:2] + texts[4:]
-    assert list(reasons(rows)) == ["a.parquet:2", "a.parquet:3"]
+    assert list(reasons(rows)) == ["a.parquet:3", "a.parquet:4"]
     assert "row group 1 cannot be read" in rows[2].reason
 
 
@@ -90,4 +90,4 @@ def test_text_that_is_not_unicode_costs_its_own_row(tmp_path):
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
     assert [row.text for row in (rows[0], rows[2])] == ["a", "b"]
-    assert reasons(rows) == {"a.parquet:1": "not valid UTF-8"}
+    assert reasons(rows) == {"a.parquet:2": "not valid UTF-8"}

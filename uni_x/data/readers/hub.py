@@ -89,7 +89,7 @@ def _parts(dataset: Any, split: str, source: str, resolve: Resolve) -> list[Part
 
 def _stored_rows(dataset: Any, rows: range, split: str, source: str, resolve: Resolve) -> Iterator[Load]:
     for number in rows:
-        yield partial(load_fields, partial(_stored_fields, dataset, number), f"{split}:{number}", source, resolve)
+        yield partial(load_fields, partial(_stored_fields, dataset, number), f"{split}:{number + 1}", source, resolve)
 
 
 def _stored_fields(dataset: Any, number: int) -> Mapping[str, Any]:
@@ -104,7 +104,7 @@ def _streamed_rows(dataset: Any, part: str, source: str, resolve: Resolve) -> It
 
 
 def _stream(dataset: Any, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
-    rows = enumerate(dataset)
+    rows = enumerate(dataset, start=1)
     while True:
         try:
             number, row = next(rows)

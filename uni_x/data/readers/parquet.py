@@ -19,17 +19,15 @@ _STREAM_BYTES = 2**20  # of a column, read from the file at once
 
 
 def parquet_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
-    """Rows of a Parquet file, numbered from 0; pictures without bytes are files that they name."""
+    """Rows of a Parquet file, numbered from 1; pictures without bytes are files that they name."""
     return reject_rest(part, _parquet_rows(path, part, source, resolve))
 
 
 def _parquet_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
     file = _ParquetFile(path)
-    number = 0
-    for group, rows in enumerate(file.group_sizes):
-        for row in range(rows):
-            yield partial(load_fields, partial(file.fields, group, row), f"{part}:{number}", source, resolve)
-            number += 1
+    places = ((group, row) for group, rows in enumerate(file.group_sizes) for row in range(rows))
+    for number, place in enumerate(places, start=1):
+        yield partial(load_fields, partial(file.fields, *place), f"{part}:{number}", source, resolve)
 
 
 class _ParquetFile:
@@ -91,7 +89,7 @@ class _ParquetFile:
                 self._next_row += len(batch)
                 self._kept.append((group, first, batch))
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"row group {group} cannot be read from its row {self._next_row} on ({one_line(error)})"
+            reason = f"row group {group} cannot be read from its row {self._next_row + 1} on ({one_line(error)})"
             self._damaged[group] = (self._next_row, reason)
             self._group = -1
             raise DataError(reason) from None

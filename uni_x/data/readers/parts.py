@@ -77,7 +77,7 @@ def reject_rest(part: str, loads: Iterator[Load]) -> Iterator[Load]:
             yield load
             count += 1
     except (DataError, OSError) as error:
-        reason = f"the rest of {part} is lost, from row {count} on: {describe(error)}"
+        reason = f"the rest of {part} is lost, from row {count + 1} on: {describe(error)}"
         yield partial(Rejection, f"{part}:rest", reason)
 
 
