@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from uni_x.data.translation.endpoint import Usage
 from uni_x.data.translation.translate import TranslateOptions, TranslateSummary, plan, translate
+from uni_x.words import count_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ def translate_file(
     return Translated(tuple(_describe(summary, out)), ok=not summary.failed and not summary.broken)
 
 
+def _describe_usage(usage: Usage) -> str:
+    requests = count_of(usage.requests, "request")
+    if usage.prompt_tokens or usage.completion_tokens:
+        return f"{requests}, {count_of(usage.prompt_tokens, 'prompt token')} and {usage.completion_tokens:,} in answers"
+    return f"{requests}, of which the endpoint counts no tokens" if usage.requests else requests
+
+
 def _describe(summary: TranslateSummary, out: Path) -> Iterator[str]:
     if summary.already_done:
         yield f"Nothing is left to do. Delete {out} and its journal to translate again."
@@ -44,9 +53,10 @@ def _describe(summary: TranslateSummary, out: Path) -> Iterator[str]:
         f"{summary.rows} rows = {summary.translated} translated + {summary.unchanged} unchanged + "
         f"{summary.without_text} without text + {summary.failed} failed + {summary.broken} broken, in {out}"
     )
-    tokens = f"{summary.prompt_tokens} prompt tokens and {summary.completion_tokens} in answers"
-    counted = summary.prompt_tokens or summary.completion_tokens
-    yield f"{summary.requests} requests, {tokens if counted else 'of which the endpoint counts no tokens'}"
+    if not summary.already_done:
+        yield f"This run: {_describe_usage(summary.spent)}"
+    if summary.spent != summary.spent_in_all:
+        yield f"All runs: {_describe_usage(summary.spent_in_all)}"
     if summary.unchanged_texts:
         yield f"Texts that came back as they were: {summary.unchanged_texts} (names, numbers and code may)"
     if summary.failed:

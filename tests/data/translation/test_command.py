@@ -51,7 +51,7 @@ def test_says_what_became_of_every_row(server, command, tmp_path):
     assert code == 1
     assert said == [
         f"6 rows = 2 translated + 1 unchanged + 1 without text + 1 failed + 1 broken, in {out}",
-        f"{len(server.requests)} requests, 40 prompt tokens and 12 in answers",
+        f"This run: {len(server.requests)} requests, 40 prompt tokens and 12 in answers",
         "Texts that came back as they were: 1 (names, numbers and code may)",
         "Failed rows stand in their own language; the same command tries them again.",
         "Broken rows cannot be read, and stand as they stood in the source.",
@@ -91,14 +91,13 @@ def test_goes_on_after_ctrl_c_and_leaves_finished_work_alone(server, command, tm
     assert (code, said[-1]) == (130, "Stopped. Run the same command again to go on.")
     assert not out.exists()
 
-    summary = [
-        f"9 rows = 9 translated + 0 unchanged + 0 without text + 0 failed + 0 broken, in {out}",
-        "9 requests, of which the endpoint counts no tokens",
-    ]
-    assert finish(command(*words))[:2] == (0, summary)
+    rows = f"9 rows = 9 translated + 0 unchanged + 0 without text + 0 failed + 0 broken, in {out}"
+    this_run = "This run: 4 requests, of which the endpoint counts no tokens"
+    all_runs = "All runs: 9 requests, of which the endpoint counts no tokens"
+    assert finish(command(*words))[:2] == (0, [rows, this_run, all_runs])
     assert out.read_text() == "".join(f"译 Prompt {number}\n" for number in range(9))
     assert finish(command(*words))[:2] == (
         0,
-        [f"Nothing is left to do. Delete {out} and its journal to translate again.", *summary],
+        [f"Nothing is left to do. Delete {out} and its journal to translate again.", rows, all_runs],
     )
     assert len(server.requests) == 10

@@ -35,7 +35,7 @@ def test_asks_again_after(server, options, texts_file, tmp_path, bad):
     server.reply = once(bad)
     summary = translate(texts_file("One", "Two"), tmp_path / "out.jsonl", options())
     assert read_texts(tmp_path / "out.jsonl") == ["译 One", "译 Two"]
-    assert (summary.translated, summary.requests) == (2, 4)
+    assert (summary.translated, summary.spent.requests) == (2, 4)
 
 
 def test_asks_again_after_a_timeout(server, options, texts_file, tmp_path):
@@ -51,7 +51,7 @@ def test_asks_again_after_a_timeout(server, options, texts_file, tmp_path):
     server.reply = reply
     summary = translate(texts_file("One"), tmp_path / "out.jsonl", options(timeout=0.5))
     over.set()
-    assert (summary.translated, summary.requests) == (1, 2)
+    assert (summary.translated, summary.spent.requests) == (1, 2)
 
 
 def test_an_answer_that_comes_in_drops_times_out_too(server, options, texts_file, tmp_path):
@@ -73,7 +73,7 @@ def test_an_answer_that_comes_in_drops_times_out_too(server, options, texts_file
     server.reply = reply
     summary = translate(texts_file("One"), tmp_path / "out.jsonl", options(timeout=0.5))
     over.set()
-    assert (summary.translated, summary.requests) == (1, 2)
+    assert (summary.translated, summary.spent.requests) == (1, 2)
 
 
 def test_the_server_s_retry_after_is_kept_in_place_of_the_own_wait(server, options, texts_file, tmp_path):

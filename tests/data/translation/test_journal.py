@@ -3,13 +3,14 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from tests.data.translation.conftest import into_chinese, read_jsonl, read_texts
+from uni_x.data.translation.endpoint import Usage
 from uni_x.data.translation.journal import open_journal
 from uni_x.data.translation.translate import (
-    TranslateSummary,
     translate,
 )
 from uni_x.errors import RunError, UsageError
@@ -31,7 +32,7 @@ def test_ctrl_c_keeps_what_is_done(server, options, texts_file, tmp_path):
     assert seen[0] == 4
     assert read_texts(out) == [f"译 {text}" for text in texts]
     assert len(server.texts) == len(set(server.texts)) == 10
-    assert (summary.requests, summary.prompt_tokens, summary.completion_tokens) == (10, 100, 30)
+    assert (summary.spent, summary.spent_in_all) == (Usage(6, 60, 18), Usage(10, 100, 30))
 
 
 def test_ctrl_c_ends_requests_in_order_whoever_handles_it(server, options, texts_file, tmp_path):
@@ -96,7 +97,7 @@ def test_a_killed_process_loses_only_the_rows_in_flight(server, options, texts_f
     assert not out.exists()
     summary = translate(source, out, options())
     assert read_texts(out) == [f"译 {text}" for text in texts]
-    assert (summary.rows, summary.translated, summary.requests) == (30, 30, 30)
+    assert (summary.rows, summary.translated, summary.spent_in_all.requests) == (30, 30, 30)
     assert len(server.texts) <= 30 + 3
 
 
@@ -148,7 +149,7 @@ def test_finished_work_is_left_alone(server, options, texts_file, tmp_path):
     out.write_text("mine now")
     server.requests.clear()
     again = translate(source, out, options(concurrency=3, base_url="http://127.0.0.1:1/v1"))
-    assert again == TranslateSummary(**{**vars(first), "already_done": True})
+    assert again == replace(first, spent=Usage(), already_done=True)
     assert out.read_text() == "mine now"
     out.unlink()
     assert not translate(source, out, options()).already_done

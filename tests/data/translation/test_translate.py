@@ -1,10 +1,12 @@
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from tests.data.translation.conftest import answer, into_chinese, once, read_jsonl, read_texts
+from uni_x.data.translation.endpoint import Usage
 from uni_x.data.translation.placeholders import is_translatable, kept_parts
 from uni_x.data.translation.translate import (
     TranslatePlan,
@@ -53,7 +55,7 @@ def test_asks_again_where_one_is_lost_or_invented(server, options, texts_file, t
     server.reply = once(answer(bad))
     summary = translate(texts_file("<image> Hi"), tmp_path / "out.jsonl", options())
     assert read_texts(tmp_path / "out.jsonl") == ["译 <image> Hi"]
-    assert (summary.translated, summary.requests, summary.prompt_tokens) == (1, 2, 20)
+    assert (summary.translated, summary.spent.requests, summary.spent.prompt_tokens) == (1, 2, 20)
     first, second = (request["messages"][0]["content"] for request in server.requests)
     assert "<image>" in first
     assert "not accepted" not in first
@@ -67,9 +69,8 @@ def test_a_row_whose_placeholders_never_come_back_fails_whole(server, options, t
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = translate(source, out, options(columns=("a", "b"), retries=2))
     assert read_jsonl(out) == [rows[0], {"a": "译 Bye", "b": ""}, rows[2]]
-    assert summary == TranslateSummary(
-        rows=3, translated=1, without_text=1, failed=1, requests=5, prompt_tokens=50, completion_tokens=15
-    )
+    spent = Usage(requests=5, prompt_tokens=50, completion_tokens=15)
+    assert summary == TranslateSummary(rows=3, translated=1, without_text=1, failed=1, spent=spent, spent_in_all=spent)
     assert read_jsonl(tmp_path / "out.jsonl.untranslated.jsonl") == [
         {"row": 1, "outcome": "failed", "column": "b", "reason": "the translation was not accepted: it lost {name}"}
     ]
@@ -94,7 +95,7 @@ def test_prompts_stay_one_a_line(server, options, tmp_path):
     (tmp_path / "in.txt").write_text("One\n\n")
     summary = translate(tmp_path / "in.txt", tmp_path / "out.txt", options(columns=(), retries=1))
     assert (tmp_path / "out.txt").read_text() == "One\n\n"
-    assert (summary.rows, summary.without_text, summary.failed, summary.requests) == (2, 1, 1, 2)
+    assert (summary.rows, summary.without_text, summary.failed, summary.spent.requests) == (2, 1, 1, 2)
     [failed] = read_jsonl(tmp_path / "out.txt.untranslated.jsonl")
     assert "line break" in failed["reason"]
 
@@ -109,7 +110,7 @@ def test_a_broken_row_stands_as_it_stood(server, options, tmp_path, name, head, 
     assert (summary.rows, summary.translated, summary.broken) == (3, 2, 1)
     [found] = read_jsonl(tmp_path / f"out-{name}.untranslated.jsonl")
     assert (found["row"], found["outcome"]) == (2, "broken")
-    assert translate(source, out, options()) == TranslateSummary(**{**vars(summary), "already_done": True})
+    assert translate(source, out, options()) == replace(summary, spent=Usage(), already_done=True)
     assert len(server.requests) == 2
 
 
@@ -142,7 +143,7 @@ def test_a_text_that_comes_back_as_it_was_is_asked_for_once_more(server, options
     server.reply = once(answer("Hello"))
     summary = translate(texts_file(" Hello\n"), tmp_path / "out.jsonl", options())
     assert read_texts(tmp_path / "out.jsonl") == [" 译 Hello\n"]
-    assert (summary.translated, summary.unchanged_texts, summary.requests) == (1, 0, 2)
+    assert (summary.translated, summary.unchanged_texts, summary.spent.requests) == (1, 0, 2)
     assert "not accepted: it was the message itself" in server.requests[1]["messages"][0]["content"]
 
 
@@ -217,7 +218,8 @@ def test_rows_that_failed_are_tried_again_alone(server, options, tmp_path):
     assert seen == [(1, 2, "1 failed"), (2, 2, "0 failed")]
     assert read_jsonl(out) == [{"a": "译 One", "b": "译 Two"}, {"a": "译 Three", "b": "译 Bad"}]
     assert not (tmp_path / "out.jsonl.untranslated.jsonl").exists()
-    assert (summary.translated, summary.failed, summary.requests) == (2, 0, 4 + 2 + 1)
+    assert (summary.translated, summary.failed) == (2, 0)
+    assert (summary.spent.requests, summary.spent_in_all.requests) == (1, 4 + 1 + 1)  # a greeting is no row's
     assert translate(source, out, both).already_done
 
 
@@ -355,6 +357,6 @@ def test_a_plan_agrees_with_what_translating_took(server, options, texts_file, t
     source = texts_file("Hello", "12", "x" * 50, "Bye")
     counted = plan(source, options(max_characters=20))
     summary = translate(source, tmp_path / "out.jsonl", options(max_characters=20))
-    assert (counted.requests, counted.rows, counted.without_text) == (summary.requests, 4, summary.without_text)
+    assert (counted.requests, counted.rows, counted.without_text) == (summary.spent.requests, 4, summary.without_text)
     assert counted.too_long == summary.failed == 1
     assert counted.requests == len(server.requests)

@@ -66,14 +66,14 @@ class Journal:
     """Rows that were sent, one a line below a line of settings; of lines for the same row the last one counts.
 
     Only their places and outcomes are held in memory. `counts` are rows by outcome, and `unchanged_texts` those of rows
-    that did not fail. `spent` adds up every attempt. `output` is the digest of the output when it was written last, and
-    `finished` says that nothing has been added since.
+    that did not fail. `spent` adds up the attempts of this run, `spent_before` those of earlier ones. `output` is the
+    digest of the output when it was written last, and `finished` says that nothing has been added since.
     """
 
     def __init__(self, stream: IO[bytes], path: Path, settings: Mapping[str, Any]):
         self.finished = False
         self.output = ""
-        self.spent = Usage()
+        self.spent = self.spent_before = Usage()
         self.counts: Counter[Outcome] = Counter()
         self.unchanged_texts = 0
         self._stream = stream
@@ -96,6 +96,7 @@ class Journal:
     def append(self, entry: Entry) -> None:
         """Adds an entry, and hands it to the operating system before it returns."""
         self._take(entry, self._write(asdict(entry)))
+        self.spent += entry.usage
 
     def finish(self, output: str) -> None:
         """Notes that the output has been written, and its digest."""
@@ -116,7 +117,6 @@ class Journal:
         self.counts[entry.outcome] += 1
         if entry.outcome is not Outcome.FAILED:
             self.unchanged_texts += len(entry.unchanged)
-        self.spent.add(entry.usage)
         self._rows[entry.row] = (place, entry.outcome)
 
     def _load(self, settings: Mapping[str, Any]) -> None:
@@ -143,7 +143,9 @@ class Journal:
                 if "output" in found:
                     self.output, self.finished = found["output"], True
                 else:
-                    self._take(_to_entry(found), place)
+                    entry = _to_entry(found)
+                    self._take(entry, place)
+                    self.spent_before += entry.usage
             except (ValueError, KeyError, TypeError):
                 if self._stream.read(1):
                     raise RunError(

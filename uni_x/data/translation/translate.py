@@ -14,12 +14,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from uni_x.data.translation.endpoint import ChatEndpoint, Pace, find_address
+from uni_x.data.translation.endpoint import ChatEndpoint, Pace, Usage, find_address
 from uni_x.data.translation.journal import Entry, Journal, Outcome, open_journal
 from uni_x.data.translation.tables import Row, Table, open_table
 from uni_x.data.translation.translator import TranslateOptions, Translator, instructions, texts_to_send, too_long
@@ -39,8 +39,9 @@ class TranslateSummary:
 
     `rows == translated + unchanged + without_text + failed + broken`. Of an unchanged row every text came back as it
     was; `unchanged_texts` counts those of translated rows too. Rows without text have no letters outside what must be
-    kept, and are not sent. Broken ones cannot be read. Requests and tokens are those of rows that came to an end, in
-    all runs; tokens as the endpoint counts them. `already_done` says that an earlier run had left nothing to do.
+    kept, and are not sent. Broken ones cannot be read. `spent` is what rows took that came to an end in this run,
+    `spent_in_all` what they took in this run and those before. `already_done` says that an earlier run had left nothing
+    to do.
     """
 
     rows: int = 0
@@ -50,9 +51,8 @@ class TranslateSummary:
     failed: int = 0
     broken: int = 0
     unchanged_texts: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    spent: Usage = field(default_factory=Usage)
+    spent_in_all: Usage = field(default_factory=Usage)
     already_done: bool = False
 
 
@@ -315,6 +315,7 @@ def _summarize(journal: Journal, survey: _Survey, already_done: bool = False) ->
         failed=journal.counts[Outcome.FAILED] + never_sent,
         broken=survey.broken,
         unchanged_texts=journal.unchanged_texts,
+        spent=journal.spent,
+        spent_in_all=journal.spent_before + journal.spent,
         already_done=already_done,
-        **asdict(journal.spent),
     )

@@ -116,7 +116,7 @@ class Translator:
                 texts.append(await self._translate(column, text, usage) if is_translatable(text) else text)
             except _FailedError as error:
                 if error.unanswered:
-                    await self._check_endpoint(str(error), answers, usage)
+                    await self._check_endpoint(str(error), answers)
                 return Entry(row.number, Outcome.FAILED, texts, unchanged, column, str(error), usage)
             if is_translatable(text) and texts[-1] == text:
                 unchanged.append(column)
@@ -160,15 +160,16 @@ class Translator:
         ]
         return (await self.endpoint.ask(messages, usage)).strip()
 
-    async def _check_endpoint(self, reason: str, answers: int, usage: Usage) -> None:
+    async def _check_endpoint(self, reason: str, answers: int) -> None:
         """Tells a row that the model will not answer from an endpoint that answers nobody.
 
-        `answers` is how many the endpoint had given to all rows when this one was begun.
+        `answers` is how many the endpoint had given to all rows when this one was begun. What is asked to find out is
+        no row's, and not counted.
         """
         if self.endpoint.answers > answers:
             return
         try:
-            await self.endpoint.ask(_PROBE, usage)
+            await self.endpoint.ask(_PROBE, Usage())
         except NoAnswerError:
             raise RunError(
                 f"{self.endpoint.url} gives no answers ({reason}); once it does, the same command goes on"
