@@ -4,7 +4,6 @@ Every section is a pydantic model that refuses unknown keys and suggests the nea
 knows nothing of torch, so that a recipe can be checked in a fraction of a second.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -22,9 +21,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from uni_x.errors import RecipeError, UsageError, one_line
+from uni_x.recipe_problems import describe_problem, first_problem, location
 
 DRAW_INSTRUCTIONS = (
     "\nDraw this.",
@@ -104,11 +103,11 @@ def check_recipe(
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        problem = _first_problem(error)
-        name = ".".join(_location(problem)) + "."
+        problem = first_problem(error)
+        name = ".".join(location(problem)) + "."
         blamed = [override for override in overrides if name.startswith(override.partition("=")[0] + ".")]
         where = f"'{blamed[-1]}'" if blamed else where
-        raise RecipeError(f"{where}: {_describe_problem(problem, schema)}") from None
+        raise RecipeError(f"{where}: {describe_problem(problem, schema)}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -129,52 +128,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise RecipeError(f"'{override}': {'.'.join(parents)} is not a section")
     node[last] = value
-
-
-def _first_problem(error: ValidationError) -> ErrorDetails:
-    """An unknown key before others: a misspelt one is the cause of another that is missing."""
-    problems = error.errors()
-    return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-
-
-def _location(problem: ErrorDetails) -> list[str]:
-    """The keys that lead to a problem."""
-    # pydantic names the chosen kind of a network as if it were a key
-    kinds = ("vqgan", "patch")
-    parts = problem["loc"]
-    return [str(p) for place, p in enumerate(parts) if not (place and parts[place - 1] == "network" and p in kinds)]
-
-
-def _describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
-    location = _location(problem)
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _keys_beside(schema, problem["loc"])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        hint = f"; the nearest known key is '{'.'.join((*location[:-1], nearest[0]))}'" if nearest else ""
-        return f"unknown key '{name}'{hint}"
-    if problem["type"] == "missing":
-        return f"the key '{name}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message} (got {problem['input']!r})" if name else message
-
-
-def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section holding `location` knows; walks nested sections, lists, unions and mappings."""
-    candidates: list[Any] = [schema]
-    for part in location[:-1]:
-        step: list[Any] = []
-        for candidate in candidates:
-            if isinstance(part, str) and part in candidate.model_fields:
-                step += _sections_in(candidate.model_fields[part].annotation)
-        candidates = step or candidates
-    return [key for candidate in candidates for key in candidate.model_fields]
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections_in(argument)]
 
 
 class VQGANNetwork(Section):

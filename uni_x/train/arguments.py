@@ -15,6 +15,7 @@ from uni_x import launch
 from uni_x.devices import choose_device
 from uni_x.errors import RecipeError, one_line
 from uni_x.recipe import TrainRecipe
+from uni_x.recipe_problems import in_words
 
 # arguments that a recipe does not set, and what does in their place
 OWN_ARGUMENTS = {
@@ -154,7 +155,7 @@ def _checked(trainer: dict[str, Any]) -> dict[str, Any]:
             if isinstance(value, str) and float in getattr(hints[name], "__args__", (hints[name],)):
                 checked[name] = _number(read)
         except ValidationError as error:
-            raise RecipeError(f"trainer.{name}: {error.errors()[0]['msg']} (got {value!r})") from None
+            raise RecipeError(f"trainer.{name}: {in_words(error.errors()[0])}") from None
         except PydanticUserError:
             continue
         if name in ("gradient_accumulation_steps", "per_device_train_batch_size") and value < 1:
