@@ -361,6 +361,8 @@ def test_a_published_checkpoint_lacks_tokenizers(uni_x: RunCommand, tmp_path: Pa
 
 
 RECIPE = "data: {sources: [{path: absent}]}\ntrainer: {max_steps: 2}\n"
+TOKENIZER_RECIPE = Path(__file__).parents[1] / "recipes" / "scenes-tokenizer.yaml"
+LONG_NAME = "n" * 300
 
 
 @pytest.mark.parametrize(
@@ -384,6 +386,8 @@ RECIPE = "data: {sources: [{path: absent}]}\ntrainer: {max_steps: 2}\n"
         (RECIPE, ["data.render=chatml"], "data.render: a section of keys is needed (got 'chatml')"),
         (RECIPE, ["data.packing=best"], "data.packing: it must be 'none', 'pretrain' or 'sft' (got 'best')"),
         (RECIPE, ["data.max_length="], "data.max_length: a whole number is needed (got nothing)"),
+        (RECIPE, ['image_tokenizer="a\\0b"'], "a\0b: no such folder"),
+        (RECIPE, ['data.sources=[{path: "a\\0b"}]'], "a\0b: no such file or folder"),
         (RECIPE, ["model.preset=uni-y"], "unknown plan 'uni-y'; the nearest known one is 'uni-x'"),
         (RECIPE, ["model.preset=uni-x", "model.preset_arguments={frist: 1}"], "it takes first, last, ends_see"),
         (RECIPE, ["model.hidden_size=36"], "gives a head_dim of 9, which must be even"),
@@ -446,6 +450,11 @@ def test_wrong_usage_exits_with_2(
         (["encode", "absent", "--out", "data", "--image-tokenizer", "none"], "none"),
         (["quickstart", "--out", "file"], "file: cannot be used as a run folder"),
         (["quickstart", "train.model.preset=uni-y", "--out", "run"], "unknown plan 'uni-y'"),
+        (["encode", LONG_NAME, "--image-tokenizer", "scenes", "--out", "data"], f"{LONG_NAME}: no file or folder can"),
+        (["data", "check", LONG_NAME], f"{LONG_NAME}: no file or folder can have a name that long"),
+        (["data", "stats", "data", "--model", LONG_NAME], f"{LONG_NAME}/model/config.json: no file or folder can have"),
+        (["tokenizer", "train", TOKENIZER_RECIPE, f"source={LONG_NAME}"], f"{LONG_NAME}: no file or folder can have"),
+        (["tokenizer", "train", LONG_NAME], f"{LONG_NAME}: cannot be read (File name too long)"),
         (["quickstart", "scnes.texts=3", "--out", "run"], "unknown key 'scnes'; the nearest known key is 'scenes'"),
     ],
 )

@@ -1,5 +1,6 @@
 """The command `uni-x`. Nothing heavy is imported until a verb is chosen."""
 
+import errno
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from uni_x import launch
-from uni_x.errors import ProcessError, UniXError, UsageError
+from uni_x.errors import DataError, ProcessError, UniXError, UsageError
 
 app = typer.Typer(
     name="uni-x",
@@ -428,7 +429,7 @@ def main() -> None:
     shown = _Warnings(logging.WARNING) if rank == 0 else logging.NullHandler()
     logging.getLogger("uni_x").addHandler(shown)
     try:
-        app(standalone_mode=True)
+        _run_app()
     except UniXError as error:
         if rank == 0:
             typer.echo(f"error: {error}", err=True)
@@ -442,6 +443,15 @@ def main() -> None:
             again = " Run the same command again to go on." if _goes_on else ""
             typer.echo(f"Stopped.{again}", err=True)
         raise
+
+
+def _run_app() -> None:
+    try:
+        app(standalone_mode=True)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise DataError(f"{error.filename}: no file or folder can have a name that long") from None
 
 
 class _Warnings(logging.Handler):

@@ -76,7 +76,7 @@ def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
+        raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML ({one_line(error)})") from None
     if tree is None:

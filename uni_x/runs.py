@@ -57,8 +57,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{self.path}: cannot be used as a run folder ({reason})") from None
         remove_leftovers(self.path)
         free = shutil.disk_usage(self.path).free
         if free < needs_bytes:
