@@ -189,7 +189,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     assert code == 0, err
     assert "finished already" in out
 
-    drawing = tmp_path / "drawing.png"
+    drawing = tmp_path / "drawings" / "today" / "drawing.png"
     code, out, err = uni_x("generate", run / "model", "a red disc", "--out", drawing, "--device", "cpu")
     assert code == 0, err
     assert Image.open(drawing).size == (32, 32)
@@ -235,11 +235,13 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     code, _, err = uni_x(*encode[:-1], data, "--limit", "3")
     assert code == 1
     assert "made with another source" in err
-    for wrong, message in (
-        (pictures / "broken.jpg", "broken.jpg: the file is no picture"),
-        (tmp_path / "absent.png", "no such picture"),
+    for *wrong, message in (
+        ("--image", pictures / "broken.jpg", "broken.jpg: the file is no picture"),
+        ("--image", tmp_path / "absent.png", "no such picture"),
+        ("--out", drawing / "heart.png", f"{drawing}: cannot be written (File exists)"),
+        ("--out", drawing.with_suffix(".h5"), "other.h5: cannot be written (HDF5 save handler not installed)"),
     ):
-        code, _, err = uni_x("generate", run / "model", "what is it?", "--image", wrong)
+        code, _, err = uni_x("generate", run / "model", "what is it?", *wrong)
         assert (code, err.count("\n")) == (1, 1)
         assert message in err
     weights = run / "model" / "model.safetensors"
@@ -438,6 +440,10 @@ def test_wrong_usage_exits_with_2(
     ("words", "message"),
     [
         (["generate", "absent", "a heart"], "absent: not a model folder"),
+        (["generate", "absent", ""], "error: the prompt: it is empty"),
+        (["generate", "absent", "", "--text"], "error: the prompt: it is empty"),
+        (["generate", "absent", "\udcff"], "error: the prompt: it is not valid Unicode"),
+        (["generate", "absent", "a heart", "--out", "heart.svg"], "heart.svg: its name must end as that of a picture"),
         (["info", "absent"], "absent: neither a model folder nor a recipe"),
         (["encode", "absent", "--out", "data", "--image-tokenizer", "scenes"], "absent: no such file or folder"),
         (["quickstart", "train.seed=3", "--out", "run"], "train.seed follows from the quickstart's own; say seed=N"),

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from uni_x.data.schema import check_text
 from uni_x.devices import choose_device
-from uni_x.errors import DataError
+from uni_x.errors import DataError, one_line
 from uni_x.generation.pipeline import UniXPipeline
 from uni_x.generation.sampling import Sampling
 from uni_x.pictures import open_picture
+from uni_x.runs import writing_into
 
 
 def draw(
@@ -21,8 +23,16 @@ def draw(
     guidance_scale: float | None = None,
     device: str = "auto",
 ) -> list[Path]:
-    """Draws a prompt `number` times into files, the first with `seed`, and returns them."""
+    """Draws a prompt `number` times into files, the first with `seed`, and returns them.
+
+    The folder of the files is made where it is not there. Raises `UniXError` for a prompt without words, and for files
+    that cannot be written; names and folder are checked beforehand.
+    """
+    check_text(prompt, "the prompt")
+    _check_name(out)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
+    with writing_into(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     default = pipeline.image_sampling
     sampling = Sampling(
         temperature=default.temperature if temperature is None else temperature,
@@ -34,11 +44,18 @@ def draw(
     for index, picture in enumerate(pipeline.draw([prompt] * number, sampling, seed)):
         file = out if number == 1 else out.with_stem(f"{out.stem}-{index + 1}")
         try:
-            picture.save(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: cannot be written ({error})") from None
+            with writing_into(out.parent):
+                picture.save(file)
+        except (OSError, ValueError) as error:  # Pillow's own
+            raise DataError(f"{file}: cannot be written ({one_line(error)})") from None
         files.append(file)
     return files
+
+
+def _check_name(out: Path) -> None:
+    formats = Image.registered_extensions()
+    if formats.get(out.suffix.lower()) not in Image.SAVE:
+        raise DataError(f"{out}: its name must end as that of a picture does, as in drawing.png")
 
 
 def answer(
@@ -50,7 +67,8 @@ def answer(
     seed: int = 0,
     device: str = "auto",
 ) -> str:
-    """Answers a question about a picture."""
+    """Answers a question about a picture. Raises `UniXError` for a question without words."""
+    check_text(question, "the prompt")
     picture = _open(image)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     grids = [tuple(pipeline.encode([picture]))]
@@ -72,7 +90,8 @@ def continue_text(
     seed: int = 0,
     device: str = "auto",
 ) -> str:
-    """Goes on with a text."""
+    """Goes on with a text. Raises `UniXError` for one without words."""
+    check_text(text, "the prompt")
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     return pipeline.continue_text([text], max_new_tokens, _text_sampling(temperature, seed))[0]
 
