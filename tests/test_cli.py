@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,27 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     for words in (["info", run / "model"], ["generate", run / "model", "a red disc"]):
         code, _, err = uni_x(*words)
         assert (code, err.count("\n")) == (1, 1)
+
+
+def test_a_stopped_tokenizer_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
+    for number in range(7):
+        (pictures / f"{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "recipe.yaml").write_text(
+        f"source: {pictures}\neval_pictures: 4\ntraining: {{steps: 1000000, continuous_steps: 10}}\n"
+        "tokenizer: {resolution: 32, codebook_size: 16, network: {kind: patch, patch_size: 8, embed_dim: 8}}\n"
+    )
+    command = [sys.executable, "-m", "uni_x", "tokenizer", "train", tmp_path / "recipe.yaml", "--out", tmp_path / "out"]
+    steps = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        steps.append(int(process.stderr.readline().split()[1]))  # tokenizer 1 of 1000000
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err.splitlines()[-1]) == (130, "Stopped. Run the same command again to go on.")
+        assert out.splitlines()[0].startswith(f"left out: {pictures / '0.heic'} (the file is no picture of a format")
+        assert out.splitlines()[5:] == ["left out: 3 more pictures that cannot be read (.heic, .jpg)"]
+    assert 1 == steps[0] < steps[1] < 200  # before any checkpoint was due
 
 
 def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path: Path) -> None:

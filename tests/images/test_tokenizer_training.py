@@ -1,6 +1,8 @@
 """Training learns, starts again where it stopped, and says what is wrong."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -89,17 +91,21 @@ def test_a_finished_run_is_not_run_again(finished, pictures):
     assert again.results == finished.results
 
 
-@pytest.mark.parametrize("stop_at", [57, 95])
-def test_a_stopped_run_ends_as_one_that_was_not(finished, pictures, tmp_path, stop_at):
+@pytest.mark.parametrize(
+    ("number", "stop_at", "saved"), [(None, 57, 30), (None, 95, 90), (signal.SIGINT, 57, 58), (signal.SIGTERM, 95, 96)]
+)
+def test_a_stopped_run_ends_as_one_that_was_not(finished, pictures, tmp_path, number, stop_at, saved):
     def stop(step, steps, figures):
-        if step == stop_at:
+        if step == stop_at and number is None:
             raise KeyboardInterrupt
+        if step == stop_at:
+            os.kill(os.getpid(), number)  # ends it after the next step
 
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(recipe(), pictures, tmp_path, progress=stop)
     steps = []
     train_tokenizer(recipe(), pictures, tmp_path, progress=lambda step, *_: steps.append(step))
-    assert steps[0] == stop_at // 30 * 30 + 1
+    assert steps[0] == saved + 1
     whole, resumed = (load_file(folder / "tokenizer" / "model.safetensors") for folder in (finished.folder, tmp_path))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -165,9 +171,10 @@ def test_a_folder_of_pictures_is_read_in_order_and_broken_ones_are_counted(pictu
         Image.fromarray(picture).save(tmp_path / f"{index:02}.png")
     (tmp_path / "04.png").write_bytes((tmp_path / "04.png").read_bytes()[:80])
     (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "12.heic").write_bytes(b"\0\0\0\x18ftypheic")
     folder = PictureFolder(tmp_path)
     assert len(folder) == 11
-    assert [(path.name) for path, _ in folder.unreadable] == ["04.png"]
+    assert [(path.name) for path, _ in folder.unreadable] == ["04.png", "12.heic"]
     assert np.array_equal(np.asarray(folder[4]), pictures[5])
     assert len(PictureFolder(tmp_path, limit=3)) == 3
     training = {**RECIPE["training"], "steps": 2, "continuous_steps": 1}
@@ -180,3 +187,6 @@ def test_a_folder_without_pictures_is_one_error(tmp_path):
         PictureFolder(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         PictureFolder(tmp_path / "nowhere")
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(DataError, match=r"no readable picture in it; .*a\.heic: the picture is empty"):
+        PictureFolder(tmp_path)

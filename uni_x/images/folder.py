@@ -7,7 +7,7 @@ from typing import overload
 from PIL import Image
 
 from uni_x.errors import DataError
-from uni_x.pictures import PICTURE_SUFFIXES, open_picture
+from uni_x.pictures import PICTURE_SUFFIXES, is_picture_name, open_picture
 
 
 class PictureFolder(Sequence[Image.Image]):
@@ -17,7 +17,7 @@ class PictureFolder(Sequence[Image.Image]):
 
     Attributes:
         paths: the readable pictures, sorted.
-        unreadable: the others, each with the reason.
+        unreadable: the others, each with the reason; those of formats that are not read (.heic, .svg) are among them.
     """
 
     def __init__(self, folder: str | Path, limit: int | None = None):
@@ -40,8 +40,9 @@ class PictureFolder(Sequence[Image.Image]):
             else:
                 self.paths.append(path)
         if not self.paths:
-            found = f"{len(self.unreadable)} pictures, none of them readable" if self.unreadable else "no pictures"
-            raise DataError(f"{folder}: {found} (looked for {', '.join(sorted(PICTURE_SUFFIXES))})")
+            if self.unreadable:
+                raise DataError(f"{folder}: no readable picture in it; {': '.join(map(str, self.unreadable[0]))}")
+            raise DataError(f"{folder}: no pictures in it (looked for {', '.join(sorted(PICTURE_SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,7 +58,7 @@ class PictureFolder(Sequence[Image.Image]):
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    return is_picture_name(path.name) and not path.name.startswith(".")
 
 
 def _open(path: Path) -> Image.Image:

@@ -24,6 +24,7 @@ from uni_x.images.quality import codebook_use, peak_signal_to_noise, structural_
 from uni_x.images.tokenizer import ImageTokenizer
 from uni_x.recipe import TokenizerRecipe, TokenizerTraining
 from uni_x.runs import RunFolder, writing_into
+from uni_x.stopping import StopSignals
 
 CHECKPOINT_FILE = "checkpoint.pt"
 TOKENIZER_FOLDER = "tokenizer"
@@ -58,9 +59,10 @@ def train_tokenizer(
     """Trains the tokenizer of `recipe` in `out_dir`, or goes on where a stopped run left off.
 
     `pictures` is best a sequence that makes or opens a picture when asked for it; any other iterable is read into
-    memory. Without `held_out`, `recipe.eval_pictures` of them are set aside to be measured. Stopping it (Ctrl-C)
-    costs the steps since the last checkpoint. Raises `RunError` where `out_dir` was made by another recipe, `DataError`
-    for too few pictures or one that cannot be read.
+    memory. Without `held_out`, `recipe.eval_pictures` of them are set aside to be measured. Ctrl-C and SIGTERM end it
+    with `KeyboardInterrupt` after the step, once a checkpoint is written; what ends it otherwise costs the steps since
+    the last one. Raises `RunError` where `out_dir` was made by another recipe, `DataError` for too few pictures or one
+    that cannot be read.
     """
     folder = RunFolder(out_dir, recipe.model_dump(mode="json"))
     checkpoint, tokenizer_folder = folder.path / CHECKPOINT_FILE, folder.path / TOKENIZER_FOLDER
@@ -75,7 +77,8 @@ def train_tokenizer(
         # weights and two moments, twice while a checkpoint replaces another
         folder.begin(needs_bytes=6 * sum(weight.nbytes for weight in run.network.parameters()) + LOGS_BYTES)
         run.resume(checkpoint)
-        _train(run, samples, indices, checkpoint, progress)
+        with StopSignals() as signals:
+            _train(run, samples, indices, checkpoint, signals, progress)
     with writing_into(folder.path):
         run.tokenizer.save_pretrained(tokenizer_folder, getattr(torch, recipe.stored_as))
     tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).to(device)
@@ -204,7 +207,12 @@ def learning_rate(training: TokenizerTraining, step: int) -> float:
 
 
 def _train(
-    run: TrainingRun, samples: Sequence[Picture], indices: Sequence[int], checkpoint: Path, progress: Progress | None
+    run: TrainingRun,
+    samples: Sequence[Picture],
+    indices: Sequence[int],
+    checkpoint: Path,
+    signals: StopSignals,
+    progress: Progress | None,
 ) -> None:
     recipe = run.recipe
     run.network.train()
@@ -215,10 +223,15 @@ def _train(
             run.start_codebook([_draw_batch(run, samples, indices) for _ in range(FIRST_CODEBOOK_BATCHES)])
         figures = run.train_step(_draw_batch(run, samples, indices))
         run.seconds += time.perf_counter() - started
-        if run.step % recipe.training.checkpoint_every == 0 or run.step == recipe.training.steps:
+        is_last = run.step == recipe.training.steps or signals.requested
+        if is_last or run.step % recipe.training.checkpoint_every == 0:
             run.save(checkpoint)
         if progress is not None:
             progress(run.step, recipe.training.steps, figures)
+        if is_last:
+            break
+    if signals.requested:
+        raise KeyboardInterrupt
     run.network.eval()
 
 

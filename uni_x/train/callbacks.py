@@ -2,9 +2,7 @@
 
 import json
 import logging
-import math
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,39 +15,26 @@ from uni_x.generation.pipeline import UniXPipeline
 from uni_x.model_folder import ModelFolder
 from uni_x.recipe import DrawingsSection
 from uni_x.runs import write_atomically
+from uni_x.stopping import StopSignals
 from uni_x.train.trainer import UniXTrainer
 
 logger = logging.getLogger(__name__)
 
-SAME_REQUEST_SECONDS = 2  # a launcher passes on the Ctrl-C that its processes have had from the terminal themselves
 
-
-class StopOnSignal(TrainerCallback):
+class StopOnSignal(StopSignals, TrainerCallback):
     """On Ctrl-C or SIGTERM to any process, all finish the step, save a checkpoint and stop.
 
-    A second Ctrl-C stops at once. It has the signals while it is used as a context; set `trainer` before that.
+    It has the signals while it is used as a context; set `trainer` before that.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.trainer: UniXTrainer | None = None
-        self._previous: dict[int, Any] = {}
-        self._requested = math.inf  # when the first signal came
 
     @property
     def stopped(self) -> bool:
         """Whether training has ended before its time."""
         return self.trainer is not None and self.trainer.stop_agreed
-
-    def __enter__(self) -> None:
-        """Takes over the signals, in the main thread, where alone that is possible."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request_stop)
-
-    def __exit__(self, *error: object) -> None:
-        """Gives the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,11 +52,10 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def _request_stop(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.trainer is None or (number == signal.SIGINT and now - self._requested > SAME_REQUEST_SECONDS):
+    def _note(self, number: int, frame: Any) -> None:
+        super()._note(number, frame)
+        if self.trainer is None:
             raise KeyboardInterrupt
-        self._requested = min(self._requested, now)
         self.trainer.stop_requested = True
 
 

@@ -10,8 +10,11 @@ from uni_x.errors import DataError
 from uni_x.images import PictureFolder, TokenizerResult, train_tokenizer
 from uni_x.images.pixels import Picture
 from uni_x.recipe import TokenizerRecipe
+from uni_x.words import count_of
 from uni_x.workflows.scenes_tokenizer import scenes_to_learn_from
 from uni_x.workflows.sources import OPENMOJI, SCENES, Progress
+
+_TOLD = 5  # pictures that cannot be read, each with the reason
 
 
 def train_tokenizer_from(
@@ -47,6 +50,9 @@ def _pictures(
     if not Path(recipe.source).is_dir():
         raise DataError(f"source: {recipe.source} is not a folder (or one of `{SCENES}`, `{OPENMOJI}`)")
     folder = PictureFolder(recipe.source, recipe.pictures)
-    for path, reason in folder.unreadable:
+    for path, reason in folder.unreadable[:_TOLD]:
         tell(f"left out: {path} ({reason})")
+    if more := folder.unreadable[_TOLD:]:
+        kinds = sorted({path.suffix.lower() for path, _ in more})
+        tell(f"left out: {count_of(len(more), 'more picture')} that cannot be read ({', '.join(kinds)})")
     return folder, None
