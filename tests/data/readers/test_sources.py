@@ -30,6 +30,18 @@ def test_what_is_no_source_is_refused_with_the_kinds_there_are(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "mend"), [("a.tar.gz", "gunzip"), ("a.tgz", "gunzip"), ("A.TAR.XZ", "unxz")])
+def test_packed_tars_are_refused_with_the_mend(tmp_path, name, mend):
+    with tarfile.open(tmp_path / name, "w:xz" if mend == "unxz" else "w:gz"):
+        pass
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}])
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError) as caught:
+            open_source(str(source))
+        assert str(caught.value) == f"{tmp_path / name}: only plain tars are read; unpack it first ({mend})"
+    assert names(tmp_path, kind="jsonl") == ["b.jsonl"]
+
+
 def test_encoded_folders_are_no_source(picture_folder, image_tokenizer, tmp_path):
     encode([], image_tokenizer, tmp_path / "out", source="nothing")
     with pytest.raises(DataError, match="encoded already"):

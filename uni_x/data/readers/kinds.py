@@ -23,6 +23,8 @@ _FILES = {
     "jsonl": re.compile(r".+\.jsonl(\.gz)?", re.IGNORECASE),
     "json": re.compile(r".+\.json(\.gz)?", re.IGNORECASE),
 }
+_PACKED_TAR = re.compile(r".+\.(?:tar\.|t)(gz|bz2|xz|zst)", re.IGNORECASE)
+_UNPACKERS = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
 _DATASET_NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 _CARD, _CARD_LIMIT = "README.md", 2**20
 _CARD_WITH_CONFIGS = re.compile(r"---\s*\n(?:(?!---\s*\n).*\n)*?configs:")
@@ -52,6 +54,7 @@ def kind_of_file(path: Path) -> Found:
     """The kind of a file by its name. Raises `DataError` where it is none."""
     if path.name in TABLES:
         return Found(PICTURES, path.parent, (path.name,))
+    _refuse_packed_tars(path.parent, [path.name])
     for kind, pattern in _FILES.items():
         if pattern.fullmatch(path.name):
             return Found(kind, path.parent, (path.name,))
@@ -60,7 +63,7 @@ def kind_of_file(path: Path) -> Found:
 
 def is_file_name(name: str) -> bool:
     """Whether a name is that of a kind of file, there or not."""
-    return any(pattern.fullmatch(Path(name).name) for pattern in _FILES.values())
+    return any(pattern.fullmatch(Path(name).name) for pattern in (*_FILES.values(), _PACKED_TAR))
 
 
 def choose_split(found: Found, split: str | None) -> Found:
@@ -96,7 +99,7 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
     has a caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named
     after a tar.
 
-    Raises `DataError` where nothing is there, more than one kind, or nothing that is wanted.
+    Raises `DataError` where nothing is there, more than one kind, nothing that is wanted, or a packed tar.
     """
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file()}
     found = [Found(kind, folder, files) for kind, files in _files_by_kind(names).items() if files]
@@ -104,6 +107,8 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
         found.append(Found(DATASET, folder))
     if wanted is None and _is_repository(folder, names, found):
         return Found(REPOSITORY, folder)
+    if wanted in (None, "tar"):
+        _refuse_packed_tars(folder, sorted(names))
     if wanted is not None:
         found = [Found(PICTURES, folder)] if wanted == PICTURES else [each for each in found if each.kind == wanted]
     elif not found or _is_captioned(folder, names):
@@ -118,6 +123,14 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
             "or name a single file"
         )
     return _with_table(found[0], names) if found[0].kind == PICTURES else found[0]
+
+
+def _refuse_packed_tars(folder: Path, names: Iterable[str]) -> None:
+    """Raises `DataError` with the mend: to pass over rows, as processes that share them do, all would be unpacked."""
+    for name in names:
+        if packed := _PACKED_TAR.fullmatch(name):
+            path = to_unicode(str(folder / name))
+            raise DataError(f"{path}: only plain tars are read; unpack it first ({_UNPACKERS[packed[1].lower()]})")
 
 
 def _is_repository(folder: Path, names: set[str], found: Iterable[Found]) -> bool:
