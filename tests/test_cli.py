@@ -61,7 +61,7 @@ def test_encoding_nothing_fails_each_time(uni_x: RunCommand, tmp_path: Path, mon
     for name in ("a", "b"):
         (chats / f"{name}.jsonl").write_text('{"text": ""}\n')
     encode = ["encode", chats, "--image-tokenizer", "scenes", "--out", tmp_path / "out"]
-    said = f"{chats}: none of its 2 rows can be used: 2 such as 'text: it is empty'; all of them: "
+    said = f"{chats}: of 2 rows none can be used: 2 such as 'text: it is empty'; all of them: "
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, expected in ((0, 0), (1, 1), (1, 0), (0, 1)):  # the last one to finish says so, then the first
         monkeypatch.setenv("RANK", str(rank))

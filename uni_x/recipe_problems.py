@@ -69,8 +69,10 @@ def describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
 
 
 def in_words(problem: ErrorDetails) -> str:
-    """What a value must be, and what it is."""
+    """What a value must be, and what it is, unless it is a section whose keys do not go together."""
     value = problem["input"]
+    if problem["type"] == "value_error" and isinstance(value, dict):
+        return _what_is_wrong(problem)
     return f"{_what_is_wrong(problem)} (got {'nothing' if value is None else repr(value)})"
 
 

@@ -228,6 +228,12 @@ def test_what_the_system_refuses_is_told_in_one_line(uni_x, tmp_path):
     (source := tmp_path / "texts.jsonl").write_text('{"text": "Hearts are red."}\n')
     (loop := tmp_path / "loop").symlink_to(loop)
     encode = ("encode", source, "--image-tokenizer", "scenes", "--out")
+    odd = tmp_path / "odd-\udcff"
+    odd.mkdir()
+    for words in ((*encode, odd), ("data", "check", odd)):
+        code, _, err = uni_x(*words)
+        assert (code, err.count("\n")) == (1, 1), err
+        assert "the name is not valid UTF-8; give it another one" in err
     for out, reason in (
         (loop / "out", "Too many levels of symbolic links"),
         (tmp_path / ("n" * 300), "File name too long"),

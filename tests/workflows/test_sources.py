@@ -37,7 +37,7 @@ def test_a_source_without_a_row_that_can_be_used_fails_each_time(tokenizer, tmp_
         with pytest.raises(ProcessError) as caught:
             describe_encoded("pictures", out, summary)
         assert str(caught.value) == (
-            "pictures: none of its 5 rows can be used: "
+            "pictures: of 5 rows none can be used: "
             "2 such as 'the picture is too small: 4 x 20 pixels, min_side is 10', "
             "2 such as 'the caption is missing: 3.txt', 1 with 'the picture is empty'; "
             f"all of them: {out / 'rejects.jsonl'}; mend them, delete {out}, run again"

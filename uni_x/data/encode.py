@@ -30,7 +30,7 @@ from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
 from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
-from uni_x.data.shards import MANIFEST, codes_dtype, read_manifest, shard_to_bytes
+from uni_x.data.shards import MANIFEST, check_name, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import ProcessError, RunError
 from uni_x.runs import remove_leftovers, write_atomically, writing_into
 
@@ -157,6 +157,7 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | None:
     """Starts the folder, or checks that it was started alike; gives the summary where it is finished."""
+    check_name(out_dir)
     path = out_dir / MANIFEST
     with writing_into(out_dir):
         if not path.exists():

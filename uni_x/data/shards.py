@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from uni_x.data.schema import CodeGrid, Message, Sample
+from uni_x.data.schema import CodeGrid, Message, Sample, is_unicode
 from uni_x.errors import DataError, one_line
 
 MANIFEST = "manifest.json"
@@ -50,8 +50,15 @@ def shard_to_bytes(samples: Iterable[Sample], codebook_size: int, metadata: dict
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The Parquet files of a folder, in the order of their names."""
+    """The Parquet files of a folder, in the order of their names; see `check_name`."""
+    check_name(folder)
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def check_name(path: Path) -> None:
+    """Raises `DataError` for a file or folder whose name is not UTF-8, as Arrow opens none."""
+    if not is_unicode(str(path)):
+        raise DataError(f"{str(path)!a}: the name is not valid UTF-8; give it another one")
 
 
 def no_shards(folder: Path) -> DataError:
@@ -270,6 +277,7 @@ def _finished_shards(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     _check_finished(path / MANIFEST)
+    check_name(path)
     paths = shard_paths(path) if path.is_dir() else [path]
     if not paths:
         raise no_shards(path)

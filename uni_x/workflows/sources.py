@@ -20,6 +20,7 @@ from uni_x.errors import ProcessError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
 from uni_x.runs import installed_versions
+from uni_x.words import count_of
 
 SCENES, OPENMOJI = "scenes", "openmoji"
 
@@ -100,8 +101,8 @@ def describe_encoded(source: str, out: Path, summary: EncodeSummary) -> str:
         raise ProcessError(f"{source}: no rows in it")
     reasons = f"{frequent_reasons(out)}; all of them: {out / REJECTS}" if summary.rejected else ""
     if not summary.written:
-        none = "its one row cannot" if summary.read == 1 else f"none of its {summary.read} rows can"
-        raise ProcessError(f"{source}: {none} be used: {reasons}; mend them, delete {out}, run again")
+        rows = count_of(summary.read, "row")
+        raise ProcessError(f"{source}: of {rows} none can be used: {reasons}; mend them, delete {out}, run again")
     counts = _describe_counts(out, summary)
     return f"{counts}\nRejected: {reasons}" if reasons else counts
 

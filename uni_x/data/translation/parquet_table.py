@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from uni_x.data.shards import check_name
 from uni_x.data.translation import rows
 from uni_x.data.translation.rows import Changes, Row, check_columns, make_row, too_large
 from uni_x.errors import DataError, one_line
@@ -28,6 +29,7 @@ class ParquetTable:
     columns: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        check_name(self.path)
         with self._open() as file:
             check_columns(self.path, self.columns, file.schema_arrow.names)
 
