@@ -91,7 +91,7 @@ def small_recipe(folder: Path, zero: int, checkpointing: bool, sizes: dict[str, 
     from uni_x.recipe import TrainRecipe
 
     trainer: dict[str, Any] = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 1}
-    trainer |= {"gradient_checkpointing": checkpointing, "logging_steps": 1}
+    trainer |= {"activation_checkpointing": checkpointing, "logging_steps": 1}
     if zero:
         trainer["deepspeed"] = str(ENGINES / f"zero{zero}.json")
     return TrainRecipe.model_validate(

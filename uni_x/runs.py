@@ -26,7 +26,8 @@ from uni_x.errors import RunError
 
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
-START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints"}  # what is there before anything is done
+LOCK = ".lock"
+START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints", LOCK}  # what is there before anything is done
 
 _PARTIAL = re.compile(r"\..+-(?P<process>\d+)\.partial")
 _OTHERS_MAY_WRITE_SECONDS = 24 * 3600  # whether a process of another machine still runs cannot be seen
@@ -49,27 +50,31 @@ class RunFolder:
         self._recipe = dict(recipe)
         self._refuse_another_recipe(may_differ)
 
-    def begin(self, needs_bytes: int = 0) -> None:
+    def begin(self) -> None:
         """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
 
         Raises:
-            RunError: for a folder that cannot be written, or a disk with less room than the run will want.
+            RunError: for a folder that cannot be written, or that another process is at work in.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{self.path}: cannot be used as a run folder ({reason})") from None
+        self._keep_others_away()
         remove_leftovers(self.path)
-        free = shutil.disk_usage(self.path).free
-        if free < needs_bytes:
-            raise RunError(
-                f"{self.path}: the disk has {free / 2**20:.0f} MB free, this run needs {needs_bytes / 2**20:.0f} MB; "
-                "make room, or choose a folder on another disk"
-            )
         if not self.recipe_file.exists() or self._nothing_done():
             write_atomically(self.recipe_file, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
         self._log_to_file()
+
+    def require(self, size: int) -> None:
+        """Raises `RunError` where the disk has less than `size` bytes free."""
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise RunError(
+                f"{self.path}: the disk has {free / 2**20:.0f} MB free, this run needs {size / 2**20:.0f} MB; "
+                "make room, or choose a folder on another disk"
+            )
 
     @property
     def recipe_file(self) -> Path:
@@ -98,6 +103,22 @@ class RunFolder:
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes the figures together with where they come from."""
         write_atomically(self.results_file, json.dumps({**results, "provenance": provenance()}, indent=2) + "\n")
+
+    def _keep_others_away(self) -> None:
+        """Holds a lock for as long as this object is there, however the process ends; child processes do not."""
+        try:
+            import fcntl
+        except ImportError:  # not there on Windows
+            return
+        try:
+            self._lock = (self.path / LOCK).open("a")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                why = "another process is at work here; let it end, or choose another folder"
+                raise RunError(f"{self.path}: {why}") from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # storage without locks
+                raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
 
     def _log_to_file(self) -> None:
         logger = logging.getLogger("uni_x")

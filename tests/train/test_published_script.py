@@ -319,7 +319,7 @@ def recomputed(bench: Bench) -> Probe:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DecoderLayer, "_feed_forward", counted)
-            train(bench.make_recipe(f"run-{number}", gradient_checkpointing=bool(number), max_steps=2))
+            train(bench.make_recipe(f"run-{number}", activation_checkpointing=bool(number), max_steps=2))
         return calls
 
     return see

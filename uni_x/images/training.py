@@ -75,7 +75,8 @@ def train_tokenizer(
     with torch.random.fork_rng():
         run = TrainingRun(recipe, device)
         # weights and two moments, twice while a checkpoint replaces another
-        folder.begin(needs_bytes=6 * sum(weight.nbytes for weight in run.network.parameters()) + LOGS_BYTES)
+        folder.begin()
+        folder.require(6 * sum(weight.nbytes for weight in run.network.parameters()) + LOGS_BYTES)
         run.resume(checkpoint)
         with StopSignals() as signals:
             _train(run, samples, indices, checkpoint, signals, progress)

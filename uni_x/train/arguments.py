@@ -32,7 +32,43 @@ OWN_ARGUMENTS = {
     "adam_beta1": "optimizer.betas says it",
     "adam_beta2": "optimizer.betas says it",
     "label_smoothing_factor": "the loss is the model's own",
-    "push_to_hub": "the finished model is a folder, which `hf upload` takes",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_token",
+            "hub_strategy",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "the finished model is a folder, which `hf upload` takes",
+    ),
+    "num_train_epochs": "the data has no end; trainer.max_steps says how long",
+    **dict.fromkeys(
+        ("do_train", "do_eval", "do_predict"), "`uni-x train` trains, and validates where validation says so"
+    ),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "accelerator_config", "label_names"),
+        "the data section says how batches are made",
+    ),
+    "auto_find_batch_size": "a run keeps the batches that it began with, which per_device_train_batch_size sizes",
+    "neftune_noise_alpha": "there is no such noise here",
+    "parallelism_config": "sequences and matrices cannot be divided over processes here; docs/scaling.md says why",
+    "optim_target_modules": "trainable and optimizer say what is trained, and how",
+    "eval_steps": "validation.every says it",
+}
+STRATEGIES = {
+    "save_strategy": ("no", "steps", "best"),
+    "logging_strategy": ("no", "steps"),
+    "eval_strategy": ("no", "steps"),
+}
+METRICS = ("eval_loss", "eval_loss_text", "eval_loss_image")
+AT_LEAST = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "dataloader_num_workers": 0,
 }
 
 
@@ -94,12 +130,44 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise RecipeError("trainer.max_steps: the data has no end, so training needs a number of steps")
     if arguments.eval_strategy != "no" and recipe.validation is None:
         raise RecipeError("trainer.eval_strategy: there is no held-out data; name some under validation")
+    _check_saving(recipe, arguments)
     missing = set(arguments.report_to or ()) - set(get_available_reporting_integrations())
     if missing:
         raise RecipeError(f"trainer.report_to: {min(missing)} is not installed, or is no reporter (extra: logging)")
+    if "wandb" in (arguments.report_to or ()):
+        _check_wandb()
     _check_engine(recipe, arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
     return arguments
+
+
+def _check_saving(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
+    """Refuses what would keep nothing, or would look for the best of nothing."""
+    saves = arguments.save_strategy != "no"
+    if recipe.keep_checkpoint and not saves:
+        raise RecipeError("keep_checkpoint: there is none to keep, as trainer.save_strategy is no")
+    if saves and arguments.save_steps <= 0:
+        raise RecipeError(f"trainer.save_steps: is more than 0, not {arguments.save_steps:g}")
+    metric = arguments.metric_for_best_model
+    if arguments.save_strategy == "best" and metric is None:
+        raise RecipeError(
+            f"trainer.metric_for_best_model: is missing for the best by it to be saved; {' or '.join(METRICS)}"
+        )
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in METRICS:
+        raise RecipeError(f"trainer.metric_for_best_model: '{metric}' is none of {', '.join(METRICS)}")
+
+
+def _check_wandb() -> None:
+    """Raises `RecipeError` where Weights & Biases would ask who you are, once training is about to begin."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise RecipeError(
+            "trainer.report_to: Weights & Biases does not know you yet; run `wandb login`, set WANDB_MODE=offline, or "
+            "take another reporter (trainer.report_to=tensorboard, or none)"
+        )
 
 
 def _validation_arguments(recipe: TrainRecipe) -> dict[str, Any]:
@@ -114,6 +182,11 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
         config = plugin.hf_ds_config.config
         if "optimizer" in config:
             raise RecipeError("DeepSpeed's configuration names an optimizer, the recipe another; take that one out")
+        if "scheduler" in config:
+            raise RecipeError(
+                "DeepSpeed's configuration names a scheduler, the recipe another (trainer.lr_scheduler_type); take "
+                "that one out"
+            )
         if config.get("zero_optimization", {}).get("stage") == 3:
             config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if recipe.optimizer.name == "muon":
@@ -150,6 +223,12 @@ def _checked(trainer: dict[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(TrainingArguments)
     checked = dict(trainer)
     for name, value in trainer.items():
+        if value is False and name in STRATEGIES:
+            checked[name] = value = "no"  # as YAML reads that word
+        if name == "report_to" and value is None:
+            checked[name] = value = "none"
+        if isinstance(value, dict) and name.endswith("_kwargs"):
+            checked[name] = value = {key: _number(each) for key, each in value.items()}
         try:
             read = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
             if isinstance(value, str) and float in getattr(hints[name], "__args__", (hints[name],)):
@@ -158,16 +237,20 @@ def _checked(trainer: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"trainer.{name}: {in_words(error.errors()[0])}") from None
         except PydanticUserError:
             continue
-        if name in ("gradient_accumulation_steps", "per_device_train_batch_size") and value < 1:
-            raise RecipeError(f"trainer.{name}: is 1 or more, not {value!r}")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise RecipeError(f"trainer.{name}: is {AT_LEAST[name]} or more, not {value!r}")
+        if name in STRATEGIES and value not in STRATEGIES[name]:
+            choice = ", ".join(STRATEGIES[name])
+            raise RecipeError(f"trainer.{name}: is one of {choice}, not {value!r}; the data has no epochs")
     return checked
 
 
-def _number(text: float | str) -> float | str:
+def _number(value: Any) -> Any:
+    """A number that YAML takes for a text, as 1e-3; everything else as it is."""
     try:
-        return float(text)
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
 def _try_schedule(arguments: TrainingArguments) -> None:

@@ -1,6 +1,8 @@
 """What a recipe trains on: its renderer, its batches, and those held out."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -46,6 +48,18 @@ def make_stream(
         split_long_texts=data.long_texts == "split",
         position=positions[arguments.process_index],
     )
+
+
+def names_of_folders(paths: Sequence[str]) -> list[str]:
+    """Names for the log that tell folders apart: the ends of their paths, as short as can be."""
+    parts = [Path(path).resolve().parts for path in paths]
+    names = []
+    for number, own in enumerate(parts):
+        others = [other for index, other in enumerate(parts) if index != number and other != own]
+        length = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        again = parts[:number].count(own)  # a folder may be mixed in twice
+        names.append("/".join(own[-length:]) + (f"#{again + 1}" if again else ""))
+    return names
 
 
 def make_held_out(recipe: TrainRecipe, renderer: Renderer, batch_size: int) -> list[Batch]:

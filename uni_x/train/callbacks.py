@@ -59,6 +59,16 @@ class StopOnSignal(StopSignals, TrainerCallback):
         self.trainer.stop_requested = True
 
 
+class StepsAsTheRecipeSays(TrainerCallback):
+    """A run that goes on saves, logs and validates as often as its recipe says now, not as when it was begun."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Settles this anew."""
+        state.compute_steps(args, state.max_steps)
+
+
 class Metrics(TrainerCallback):
     """Writes each log entry to `metrics.jsonl` and tells `progress` about every step.
 
@@ -106,11 +116,6 @@ class Metrics(TrainerCallback):
             stream.write(json.dumps(entry) + "\n")
         losses = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if "loss_" in name)
         logger.info("step %d of %d: %s", state.global_step, state.max_steps, losses)
-
-    def last(self) -> dict[str, float]:
-        """The newest entry of training."""
-        entries = read_metrics(self.file)
-        return entries[-1] if entries else {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the progress line on."""

@@ -4,10 +4,12 @@ import errno
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -17,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import BatchNotes, StreamPosition
-from uni_x.errors import RecipeError, RunError
+from uni_x.errors import RecipeError, RunError, one_line
 from uni_x.runs import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,18 @@ def retried(write: Callable[[], None], waits: tuple[float, ...] = WAITS) -> None
             logger.warning("a checkpoint could not be written (%s); trying again in %g s", error, wait)
             time.sleep(wait)
     return write()
+
+
+@contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Turns what libraries say of a checkpoint whose content is damaged into a `RunError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError, OSError) as error:
+        raise RunError(
+            f"{checkpoint}: is damaged ({one_line(error, 100)}); delete it, and run the same command again to go on "
+            "from the one before"
+        ) from None
 
 
 def _may_pass(error: Exception) -> bool:

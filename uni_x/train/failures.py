@@ -36,9 +36,13 @@ def _translated() -> Iterator[None]:
             message = message.rstrip().splitlines()[-1].partition(": ")[2]
         raise ProcessError(message) from None
     except (ConnectionError, EOFError) as error:
-        if not _comes_from_the_loader(error):
+        if not _comes_from(error, "dataloader.py"):
             raise
         raise _worker_died() from None
+    except (ValueError, AssertionError) as error:
+        if not _comes_from(error, "config.py", "config_utils.py", "deepspeed.py", folder="deepspeed"):
+            raise
+        raise RecipeError(f"trainer.deepspeed: {one_line(error)}") from None
     except ImportError as error:
         raise RecipeError(f"trainer: {one_line(error)}") from None
     except RuntimeError as error:
@@ -52,9 +56,10 @@ def _translated() -> Iterator[None]:
         raise
 
 
-def _comes_from_the_loader(error: Exception) -> bool:
-    """Whether an error was raised while a worker handed over a batch."""
-    return any(Path(frame.filename).name == "dataloader.py" for frame in traceback.extract_tb(error.__traceback__))
+def _comes_from(error: Exception, *files: str, folder: str = "") -> bool:
+    """Whether an error was raised below one of these files, of a package whose path has `folder` in it."""
+    paths = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    return any(path.name in files and folder in str(path) for path in paths)
 
 
 def _worker_died() -> ProcessError:

@@ -24,9 +24,10 @@ from uni_x.train.batches import (
     make_held_out,
     make_renderer,
     make_stream,
+    names_of_folders,
     tell_what_is_left_out,
 )
-from uni_x.train.callbacks import Drawings, Metrics, StopOnSignal, read_metrics
+from uni_x.train.callbacks import Drawings, Metrics, StepsAsTheRecipeSays, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
 from uni_x.train.checkpoints import kept_checkpoint, last_whole_checkpoint, read_standing, remove_halves
 from uni_x.train.failures import told_in_one_line
@@ -55,7 +56,9 @@ MAY_DIFFER = {  # when a run goes on
             "dataloader_num_workers",
             "dataloader_prefetch_factor",
             "deepspeed",
+            "eval_strategy",
             "gradient_accumulation_steps",
+            "activation_checkpointing",
             "gradient_checkpointing",
             "logging_steps",
             "report_to",
@@ -108,7 +111,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     arguments = check_before(recipe)
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"), may_differ=MAY_DIFFER)
     if (run.path / "model").exists():
-        return _finish(run, recipe, arguments, already_done=True)
+        return Trained(run.path / "model", read_metrics(run.path / "metrics.jsonl"), already_done=True)
 
     keep_freed_memory()
     disable_progress_bar()  # of the files of a saved model
@@ -137,8 +140,8 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
     if arguments.process_index == 0:
         checkpoints = run.path / "checkpoints"
-        needs = _checkpoint_bytes(model) + LOGS_BYTES
-        run.begin(needs_bytes=max(0, needs - remove_halves(checkpoints)))
+        run.begin()
+        run.require(max(0, _checkpoint_bytes(model) + LOGS_BYTES - remove_halves(checkpoints)))
         save_tokenizers(start, checkpoints)
         tell_what_is_left_out(stream)
     stop = StopOnSignal()
@@ -149,12 +152,12 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
             optimizer_section=recipe.optimizer,
             stream=stream,
             ground=ground,
-            folders=[Path(source.path).name for source in recipe.data.sources],
+            folders=names_of_folders([source.path for source in recipe.data.sources]),
             held_out=held_out,
             tokens_seen=(0, 0) if standing is None else standing.tokens_seen,
             model=model,
             args=arguments,
-            callbacks=[stop, metrics, *callbacks],
+            callbacks=[StepsAsTheRecipeSays(), stop, metrics, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         stop.trainer = trainer
@@ -162,36 +165,31 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
             trainer.train_from(checkpoint)
             if stop.stopped:
                 raise KeyboardInterrupt
-            _save_finished(trainer, start, run, recipe, metrics.last())
+            _save_finished(trainer, start, run, recipe)
             trainer.accelerator.wait_for_everyone()
-    return _finish(run, recipe, arguments, already_done=False)
+    return Trained(run.path / "model", read_metrics(run.path / "metrics.jsonl"), already_done=False)
 
 
-def _save_finished(
-    trainer: UniXTrainer, start: ModelFolder, run: RunFolder, recipe: TrainRecipe, entry: dict[str, float]
-) -> None:
-    """The model folder, of which every process may have a part; `entry` is the last one of the log."""
+def _save_finished(trainer: UniXTrainer, start: ModelFolder, run: RunFolder, recipe: TrainRecipe) -> None:
+    """The model folder, of which every process may have a part, and the figures of the step that it is of."""
     weights = trainer.whole_weights()
     if trainer.args.process_index == 0:
         finished = replace(start, model=merged(trainer.bare_model))
-        save_model_folder(finished, run.path / "model", weights, model_card(recipe, finished.model.config, entry))
+        figures = _figures(run, trainer.model_step)
+        run.write_results({**figures, "processes": trainer.args.world_size, "seed": recipe.seed})
+        card = model_card(recipe, finished.model.config, figures["final"])
+        save_model_folder(finished, run.path / "model", weights, card)
         if not recipe.keep_checkpoint:
             shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
 
 
-def _finish(run: RunFolder, recipe: TrainRecipe, arguments: TrainingArguments, already_done: bool) -> Trained:
-    metrics = read_metrics(run.path / "metrics.jsonl")
-    if arguments.process_index == 0 and not run.results_file.exists():
-        validation = read_metrics(run.path / "validation.jsonl")
-        run.write_results(
-            {
-                "final": metrics[-1] if metrics else {},
-                "validation": validation[-1] if validation else {},
-                "processes": arguments.world_size,
-                "seed": recipe.seed,
-            }
-        )
-    return Trained(run.path / "model", metrics, already_done)
+def _figures(run: RunFolder, step: int) -> dict[str, dict[str, float]]:
+    """What was logged last up to a step, of training and of validation."""
+    found = {}
+    for name, file in (("final", "metrics.jsonl"), ("validation", "validation.jsonl")):
+        entries = [entry for entry in read_metrics(run.path / file) if entry["step"] <= step]
+        found[name] = entries[-1] if entries else {}
+    return found
 
 
 def _refuse_other_ground(recipe: TrainRecipe, now: dict[str, str], then: dict[str, str]) -> None:

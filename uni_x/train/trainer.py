@@ -11,18 +11,20 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.modeling_utils import unwrap_model
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from uni_x.data.dataset import NOTES, Batch, BatchNotes, TrainingStream
-from uni_x.errors import ProcessError, RecipeError, RunError
+from uni_x.errors import ProcessError, RecipeError, RunError, one_line
 from uni_x.recipe import OptimizerSection
 from uni_x.train.arguments import shards_weights
 from uni_x.train.checkpoints import (
     Checkpoint,
     Standing,
     last_whole_checkpoint,
+    reading,
     retried,
     seal,
     write_standing,
@@ -87,13 +89,25 @@ class UniXTrainer(Trainer):
     def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Trains to the end, from a checkpoint where there is one."""
         if checkpoint is not None and checkpoint.step >= checkpoint.max_steps:
-            self._finished = checkpoint.path
+            self.state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_NAME))
+            self._finished = self._best or checkpoint.path
             if not shards_weights(self.args):
-                self._load_from_checkpoint(str(checkpoint.path))
+                self._load_from_checkpoint(str(self._finished))
             return
         if checkpoint is not None:
             logger.info("going on from %s", checkpoint.path.name)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+
+    @property
+    def model_step(self) -> int:
+        """The step that the finished model is of: the last one, or the best, where that is asked for."""
+        return int(self._best.name.rpartition("-")[2]) if self._best else self.state.global_step
+
+    @property
+    def _best(self) -> Path | None:
+        """The checkpoint of the best weights, where these are asked for."""
+        best = Path(self.state.best_model_checkpoint or "")
+        return best if self.args.load_best_model_at_end and best.name and best.is_dir() else None
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights, by name, where no process has them all; every process has to call it. None elsewhere."""
@@ -122,7 +136,10 @@ class UniXTrainer(Trainer):
                 betas=section.betas,
                 weight_decay=section.weight_decay,
             )
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        except ValueError as error:  # of a package that is missing, which others tell by an ImportError
+            raise RecipeError(f"trainer.optim: {one_line(error)}") from None
         if section.vision_learning_rate is not None:
             _split_off_images(optimizer, nn_model, section.vision_learning_rate / section.learning_rate)
         name_parameters(optimizer, nn_model)
@@ -133,12 +150,21 @@ class UniXTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers' does, and mends what DeepSpeed leaves behind."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         plugin = self.args.deepspeed_plugin
         if checkpoint is not None and plugin is not None and loads_universal(plugin) and plugin.zero_stage == 3:
             of_deepspeed: Any = self.optimizer
             schedule: Any = self.lr_scheduler
             mend_loaded(of_deepspeed.optimizer.optimizer, self._group_settings, schedule.get_last_lr())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -192,9 +218,14 @@ class UniXTrainer(Trainer):
         raise ProcessError(
             f"step {step + 1}: the loss is {loss.item()}, in a batch of the samples "
             f"{', '.join(map(repr, ids[:IDS_SHOWN]))}{more}; the weights before it are in {path}, and older ones "
-            "beside it where there were some. Look at these samples, or begin a new run from there (model.base) with a "
+            f"beside it where there were some. Look at these samples, or begin a new run{self._from_there} with a "
             "lower learning rate (optimizer.learning_rate) or smaller gradients (trainer.max_grad_norm)"
         )
+
+    @property
+    def _from_there(self) -> str:
+        """What to add to "begin a new run" where its checkpoints are models; those of adapters are not."""
+        return "" if hasattr(self.bare_model, "peft_config") else " from there (model.base)"
 
     def _agree_on_checkpoint(self, path: Path) -> bool:
         """Whether a checkpoint is still to be written, as the first process sees it."""
@@ -210,8 +241,8 @@ class UniXTrainer(Trainer):
             saved = last_whole_checkpoint(Path(str(self.args.output_dir)))
             raise RunError(
                 f"step {self.state.global_step}: weights are no longer numbers, after gradients that were too large; "
-                f"{f'the last good ones are in {saved.path}' if saved else 'none were saved before'}. Begin a new run "
-                "from there with a lower learning rate (optimizer.learning_rate) or smaller gradients "
+                f"{f'the last good ones are in {saved.path}' if saved else 'none were saved before'}. Begin a new run"
+                f"{self._from_there} with a lower learning rate (optimizer.learning_rate) or smaller gradients "
                 "(trainer.max_grad_norm)"
             )
 
