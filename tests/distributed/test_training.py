@@ -13,8 +13,11 @@ import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from uni_x.generation.pipeline import UniXPipeline
 from uni_x.model_folder import load_model_folder
+from uni_x.recipe import TrainRecipe, load_recipe
 from uni_x.train.checkpoints import last_whole_checkpoint
 
 STEPS = 60
@@ -113,8 +116,8 @@ def worst(one: dict[float, dict[str, float]], other: dict[float, dict[str, float
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_two_processes_killed_then_one_stopped_then_two_train_as_one(recipe: Path, engine: str) -> None:
-    """The losses of every step, through a checkpoint that other processes read than have written it."""
-    words = engine_words(engine, recipe.parent)
+    """The losses of every step, through a checkpoint that other processes read than have written it, and drawings."""
+    words = [*engine_words(engine, recipe.parent), "drawings={prompts: [a red heart], every: 20}"]
     whole = finish(command(recipe, "whole", *AS_TWO))
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = entries(recipe.parent / "whole")
@@ -139,7 +142,11 @@ def test_two_processes_killed_then_one_stopped_then_two_train_as_one(recipe: Pat
     log = (run / "log.txt").read_text()
     assert "going on from checkpoint-5" in log
     assert f"going on from checkpoint-{stopped_at}" in log
-    weights = [load_model_folder(recipe.parent / name / "model").model.state_dict() for name in ("whole", "run")]
+    folders = [load_model_folder(recipe.parent / name / "model") for name in ("whole", "run")]
+    assert {path.name for path in (run / "drawings").iterdir()} == {"step-000020", "step-000040", "step-000060"}
+    (drawn,) = UniXPipeline(folders[1]).draw(["a red heart"], seed=load_recipe(recipe, TrainRecipe).seed)
+    assert Image.open(run / "drawings" / "step-000060" / "1.png").tobytes() == drawn.tobytes()
+    weights = [folder.model.state_dict() for folder in folders]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
 

@@ -25,7 +25,6 @@ def alone(monkeypatch: Any) -> None:
     [
         (2, {"optimizer": {"name": "muon"}}, r"optimizer\.name: muon needs whole matrices"),
         (3, {"lora": {}}, "lora: adapters cannot be merged under ZeRO-3"),
-        (3, {"drawings": {"prompts": ["a heart"]}}, "drawings: cannot be made under ZeRO-3"),
     ],
 )
 def test_what_zero_cannot_do(make_recipe: Any, stage: int, sections: dict[str, Any], message: str) -> None:

@@ -200,12 +200,9 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
             )
         if recipe.optimizer.state_from is not None:
             raise RecipeError("optimizer.state_from: an optimizer that FSDP takes apart cannot have it; take it out")
-    if shards_weights(arguments):
+    if recipe.lora is not None and shards_weights(arguments):
         engine = "FSDP" if _by_fsdp(arguments) else "ZeRO-3"
-        if recipe.drawings is not None:
-            raise RecipeError(f"drawings: cannot be made under {engine}, where no process has the whole model")
-        if recipe.lora is not None:
-            raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
+        raise RecipeError(f"lora: adapters cannot be merged under {engine}; use DDP or ZeRO-2")
 
 
 def shards_weights(arguments: TrainingArguments) -> bool:

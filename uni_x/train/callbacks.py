@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uni_x.generation.pipeline import UniXPipeline
+from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model_folder import ModelFolder
 from uni_x.recipe import DrawingsSection
 from uni_x.runs import write_atomically
@@ -129,32 +131,46 @@ class Drawings(TrainerCallback):
     Args:
         section: what is drawn, and when.
         folder: the model that is trained, with its tokenizers.
+        trainer: who trains it; where processes share out the weights, a whole copy draws.
         out: where the folders go.
         seed: of the first picture; those after it follow.
     """
 
-    def __init__(self, section: DrawingsSection, folder: ModelFolder, out: Path, seed: int):
+    def __init__(self, section: DrawingsSection, folder: ModelFolder, trainer: UniXTrainer, out: Path, seed: int):
         self.section = section
         self.folder = folder
+        self.trainer = trainer
         self.out = out
         self.seed = seed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws in the first process."""
-        is_due = not state.global_step % self.section.every or state.global_step == state.max_steps
-        if is_due and state.is_world_process_zero:
-            self._draw(self.out / f"step-{state.global_step:06}")
+        if state.global_step % self.section.every and state.global_step != state.max_steps:
+            return
+        weights = self.trainer.whole_weights()
+        if state.is_world_process_zero:
+            model = self.folder.model if weights is None else _copy_with(self.folder.model.config, weights, args.device)
+            self._draw(replace(self.folder, model=model), self.out / f"step-{state.global_step:06}")
 
-    def _draw(self, folder: Path) -> None:
-        training = self.folder.model.training
-        self.folder.model.eval()
+    def _draw(self, drawing: ModelFolder, folder: Path) -> None:
+        training = drawing.model.training
+        drawing.model.eval()
         with torch.no_grad():
-            pictures = UniXPipeline(self.folder).draw(self.section.prompts, seed=self.seed)
-        self.folder.model.train(training)
+            pictures = UniXPipeline(drawing).draw(self.section.prompts, seed=self.seed)
+        drawing.model.train(training)
         folder.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures, start=1):
             picture.save(folder / f"{number}.png")
         write_atomically(folder / "prompts.txt", "\n".join(self.section.prompts) + "\n")
+
+
+def _copy_with(config: UniXConfig, weights: dict[str, torch.Tensor], device: torch.device) -> UniXForCausalLM:
+    """A model of these weights, which become its own; those that are tied may be there once."""
+    with torch.device("meta"):
+        model = UniXForCausalLM(config)
+    model.load_state_dict(weights, assign=True, strict=False)
+    model.tie_weights()
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -133,8 +133,6 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     callbacks: list[TrainerCallback] = []
     if checkpoint is None and recipe.optimizer.state_from is not None:
         callbacks += [TakeOver(open_optimizer(kept_checkpoint(recipe.optimizer.state_from), arguments))]
-    if recipe.drawings is not None:
-        callbacks += [Drawings(recipe.drawings, start, run.path / "drawings", recipe.seed)]
     freeze(start.model, recipe.trainable)
     model = start.model if recipe.lora is None else add_adapters(start.model, recipe.lora)
     held_out = make_held_out(recipe, renderer, arguments.per_device_eval_batch_size)
@@ -160,6 +158,8 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
             callbacks=[StepsAsTheRecipeSays(), stop, metrics, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
+        if recipe.drawings is not None:
+            trainer.add_callback(Drawings(recipe.drawings, start, trainer, run.path / "drawings", recipe.seed))
         stop.trainer = trainer
         with stop:
             trainer.train_from(checkpoint)
