@@ -78,7 +78,7 @@ def test_a_tokenizer_learns_its_tiles(finished, pictures):
 
 def test_a_run_leaves_its_recipe_tokenizer_figures_and_a_picture(finished):
     names = {path.name for path in finished.folder.iterdir()}
-    assert names == {"log.txt", "recipe.yaml", "tokenizer", "results.json", "reconstructions.png"}
+    assert names == {".lock", "log.txt", "recipe.yaml", "tokenizer", "results.json", "reconstructions.png"}
     assert check_recipe(yaml.safe_load((finished.folder / "recipe.yaml").read_text()), TokenizerRecipe, "") == recipe()
     assert json.loads((finished.folder / "results.json").read_text()) == finished.results
     with Image.open(finished.folder / "reconstructions.png") as sheet:
