@@ -114,10 +114,14 @@ def worst(one: dict[float, dict[str, float]], other: dict[float, dict[str, float
     return max(abs(one[step][name] - other[step][name]) for step in both for name in LOSSES if name in one[step])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_two_processes_killed_then_one_stopped_then_two_train_as_one(recipe: Path, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "trainable"), [("ddp", "['*']"), ("zero2", "['*.image.*', 'lm_head.*', '!*norm*']"), ("zero3", "['*']")]
+)
+def test_two_processes_killed_then_one_stopped_then_two_train_as_one(recipe: Path, engine: str, trainable: str) -> None:
     """The losses of every step, through a checkpoint that other processes read than have written it, and drawings."""
     words = [*engine_words(engine, recipe.parent), "drawings={prompts: [a red heart], every: 20}"]
+    content = yaml.safe_load(recipe.read_text()) | {"trainable": yaml.safe_load(trainable)}
+    recipe.write_text(yaml.safe_dump(content))
     whole = finish(command(recipe, "whole", *AS_TWO))
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = entries(recipe.parent / "whole")
