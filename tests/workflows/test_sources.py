@@ -8,7 +8,7 @@ from PIL import Image
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import SourceOptions
 from uni_x.data.render import Renderer, Vocabulary
-from uni_x.data.shards import EncodedSamples
+from uni_x.data.shards import iterate_samples
 from uni_x.data.text_tokenizer import tokenize, train_text_tokenizer
 from uni_x.errors import ProcessError, RunError
 from uni_x.images import ImageTokenizer
@@ -63,6 +63,14 @@ def test_rejects_of_many_kinds_are_summed_up(tokenizer, tmp_path):
         assert f", and {others}; all of them: " in lines[1]
 
 
+def test_half_a_surrogate_in_the_name_of_a_source_is_spelt_out(tokenizer, tmp_path):
+    (source := tmp_path / "rows.jsonl").write_text(
+        '{"text": "a", "source": "x\\ud800"}\n{"text": "b", "source": "é"}\n'
+    )
+    assert encode_source(str(source), tokenizer, tmp_path / "out").written == 2
+    assert [sample.source for sample in iterate_samples(tmp_path / "out", 64)] == ["x\\ud800", "é"]
+
+
 def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.json").write_text('[{"text": "a"}]')
@@ -93,7 +101,7 @@ def test_ready_ids_come_back_as_the_text_that_gives_them(uni_x, tmp_path):
 
     code, out, err = uni_x(*command, "--text-tokenizer", tmp_path / "text")
     assert (code, out.splitlines()[0]) == (0, f"11 read = 5 written + 6 rejected, in {tmp_path / 'out'}"), err
-    samples = list(EncodedSamples(tmp_path / "out", 1024))
+    samples = list(iterate_samples(tmp_path / "out", 1024))
     assert [sample.text for sample in samples] == [*texts, texts[0], texts[1]]
     vocabulary = Vocabulary(len(text_tokenizer), 1024, marker, marker + 1, eos, eos)
     rendered = Renderer(text_tokenizer, vocabulary).render_all(samples, np.random.default_rng(0))

@@ -54,7 +54,7 @@ def row_from_fields(fields: Mapping[str, Any], row_id: str, source: str, resolve
     return SourceRow(
         id=_own_id(given) or row_id,
         images=images,
-        source=own_source if isinstance(own_source, str) and own_source else source,
+        source=to_unicode(own_source) if isinstance(own_source, str) and own_source else source,
         content_field=content.field,
         **{content.kind: content.value},
     )
