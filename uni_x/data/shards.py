@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from uni_x.data.arrow import whole_parquet
 from uni_x.data.schema import CodeGrid, Message, Sample, is_unicode
-from uni_x.errors import DataError, one_line
+from uni_x.errors import DataError
 
 MANIFEST = "manifest.json"
 _SHUFFLED_TOGETHER = 2**15  # samples
@@ -194,10 +195,8 @@ class _Shard:
     """The columns of one Parquet file, nested lists taken apart into flat arrays and offsets."""
 
     def __init__(self, path: Path, codebook_size: int):
-        try:
+        with whole_parquet(path):
             table = pq.read_table(path, partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
         self._ids = _column(path, table, "id", pa.string())
         images = _column(path, table, "images", _images_type(_stored_code_type(table)))
         self._image_offsets = images.offsets.to_numpy()
@@ -285,10 +284,8 @@ def _finished_shards(path: Path) -> list[Path]:
 
 
 def _count_rows(path: Path) -> int:
-    try:
+    with whole_parquet(path):
         return pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({one_line(error)})") from None
 
 
 def _digest_of_end(path: Path) -> str:

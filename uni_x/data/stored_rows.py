@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from uni_x.data.arrow import whole_parquet
 from uni_x.data.schema import CodeGrid
 from uni_x.data.shards import parquet_schema
-from uni_x.errors import DataError, one_line
+from uni_x.errors import DataError
 
 ANY_CODEBOOK = 2**32
 """A codebook that has every code which a shard can hold."""
@@ -56,18 +57,15 @@ class StoredRow:
 
 def read_rows(path: Path) -> Iterator[StoredRow]:
     """The rows of a shard, a few hundred in memory. Raises `DataError` with the reason where one cannot be read."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for name in ("id", "images"):
-                if name not in names:
-                    raise DataError(f"the column {name!r} is missing; it has {', '.join(names)}")
-            columns = [name for name in _COLUMNS if name in names]
-            for group in range(file.num_row_groups):  # a batch over two would be lost to a fault in the second
-                for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
-                    yield from _rows_of(batch)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a whole Parquet file ({one_line(error)})") from None
+    with whole_parquet(), pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for name in ("id", "images"):
+            if name not in names:
+                raise DataError(f"the column {name!r} is missing; it has {', '.join(names)}")
+        columns = [name for name in _COLUMNS if name in names]
+        for group in range(file.num_row_groups):  # a batch over two would be lost to a fault in the second
+            for batch in file.iter_batches(_ROWS_AT_ONCE, [group], columns):
+                yield from _rows_of(batch)
 
 
 def read_id(path: Path, row: int) -> str | None:

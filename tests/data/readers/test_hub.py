@@ -8,10 +8,12 @@ import urllib.parse
 from pathlib import Path
 from typing import ClassVar
 
+import pyarrow as pa
 import pytest
 
 import uni_x
 from tests.data.readers.conftest import RED, read, reasons, write_jsonl
+from tests.data.readers.test_parquet import odd_columns
 from uni_x.data.inventory import take_inventory
 from uni_x.data.readers import SourceOptions, open_source
 from uni_x.errors import DataError
@@ -57,6 +59,20 @@ def test_saved_datasets(datasets, dataset, tmp_path, streaming):
     assert [row.id for row in read(tmp_path / "dict", split="test", streaming=streaming)] == ["4"]
     with pytest.raises(DataError, match="no split 'val' in it; it has train, test"):
         open_source(str(tmp_path / "dict"), SourceOptions("val", streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_values_of_saved_datasets_that_python_has_none_for_cost_their_row_where_they_are_wanted(
+    datasets, tmp_path, streaming
+):
+    for name, column in odd_columns().items():
+        for wanted in ("id", "other"):
+            table = pa.table({"text": ["a", "b"], wanted: column})
+            datasets.Dataset(table).save_to_disk(tmp_path / f"{name}-{wanted}")
+        assert [row.text for row in read(tmp_path / f"{name}-other", streaming=streaming)] == ["a", "b"]
+        bad, *others = read(tmp_path / f"{name}-id", streaming=streaming)
+        assert bad.reason.startswith("id: a value of the type ")
+        assert len(others) == 1
 
 
 def write_splits(dataset, folder):
@@ -191,6 +207,7 @@ PICTURES = {
 DOCUMENTS = {"train/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}
 
 READ_HUB = """
+from tests.data.readers.test_parquet import odd_columns
 from uni_x.data.inventory import take_inventory
 from uni_x.data.readers import SourceOptions, open_source
 for streaming in (True, False):

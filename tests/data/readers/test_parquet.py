@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.data.readers.conftest import BLUE, RED, read, reasons, write_parquet
+from tests.data.readers.conftest import ASKED, BLUE, RED, read, reasons, write_parquet
 from uni_x.data.prepare import map_ahead
 from uni_x.data.readers import open_source
 from uni_x.data.schema import Message, Rejection
@@ -90,4 +90,62 @@ def test_text_that_is_not_unicode_costs_its_own_row(tmp_path):
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet")
     assert [row.text for row in (rows[0], rows[2])] == ["a", "b"]
-    assert reasons(rows) == {"a.parquet:2": "not valid UTF-8"}
+    assert reasons(rows) == {"a.parquet:2": "text: not valid UTF-8"}
+
+
+def odd_columns():
+    """Columns of two rows; of the first Python has no value in any of them."""
+    return {
+        "date": pa.array([2**31 - 1, 1], pa.date32()),
+        "long": pa.array([2**62, 1], pa.duration("ms")),
+        "late": pa.array([2**62, 1], pa.timestamp("ms")),
+        "zone": pa.array([2**62, 1], pa.timestamp("ms", "Mars/Olympus")),
+    }
+
+
+def test_values_that_python_has_none_for_cost_their_row_where_they_are_wanted(tmp_path):
+    for name, column in odd_columns().items():
+        pq.write_table(pa.table({"text": ["a", "b"], name: column}), tmp_path / f"{name}.parquet")
+    assert [row.text for row in read(tmp_path)] == ["a", "b"] * 4
+    for name, column in odd_columns().items():
+        pq.write_table(pa.table({"text": ["a", "b"], "id": column}), tmp_path / f"{name}.parquet")
+    found = reasons(read(tmp_path))
+    ids = ["date.parquet:1", "late.parquet:1", "long.parquet:1", "zone.parquet:1", "zone.parquet:2"]
+    assert list(found) == ids
+    assert found["date.parquet:1"].startswith("id: a value of the type date32[day] that cannot be read (")
+
+
+def test_columns_that_are_not_wanted_are_not_read(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"{number}", "embedding": rng.bytes(10_000)} for number in range(2000)]
+    path = write_parquet(tmp_path / "a.parquet", rows, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    start, size = column.data_page_offset, column.total_compressed_size
+    content[start : start + size] = bytes(size)
+    path.write_bytes(content)
+    assert [row.text for row in read(path)] == [f"{number}" for number in range(2000)]
+    write_parquet(path, [{"embedding": row["embedding"]} for row in rows[:3]])
+    reason = "no caption, messages or text in it, nor fields of another known kind (its fields: embedding)"
+    assert reasons(read(path)) == {f"a.parquet:{number}": reason for number in (1, 2, 3)}
+
+
+def test_every_kind_of_row_keeps_its_columns(tmp_path):
+    kinds = [
+        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+        {"system_prompt": "Be brief.", "question": "1 + 1?", "response": "2"},
+        {"texts": [{"user": "1?", "assistant": "2"}]},
+        {"vqcode_512": "[1]", "data_type": "i2t_multi", "width": 3, "height": 4, "text": "a?^^^turn_split^^^b"},
+        {"file_name": "a.png", "caption": "red", "uid": "own"},
+        {"conversations": ASKED[:0], "text": "a", "video": b"x"},
+    ]
+    (tmp_path / "a.png").write_bytes(RED)
+    for number, fields in enumerate(kinds):
+        write_parquet(tmp_path / f"{number}.parquet", [fields])
+    rows = read(tmp_path)
+    assert rows[0].messages == (Message("user", "Add.\n1 + 1"), Message("assistant", "2"))
+    assert [message.role for message in rows[1].messages] == ["system", "user", "assistant"]
+    assert rows[2].messages == (Message("user", "1?"), Message("assistant", "2"))
+    assert rows[3].messages[0].content == "Image Size: Width is 3 Height is 4. a?"
+    assert (rows[4].id, rows[4].images) == ("own", (tmp_path / "a.png",))
+    assert rows[5].reason == "video: texts and pictures are read, videos and sound are not"

@@ -23,6 +23,15 @@ _UNREAD = ("video", "videos", "audio", "audios")
 _PLAIN = ("caption", "captions", "text", "content", "txt")
 _ALTERNATIVES = (*_PLAIN, "messages", "conversations", "texts", "input_ids")
 _CONTENTS = (*_ALTERNATIVES, "output", "response")
+KNOWN_FIELDS = frozenset(
+    {
+        *(*_IDS, *_IMAGES, *_FILES, *_UNREAD, *_CONTENTS, "source"),
+        *("instruction", "input", "system_prompt", "question"),
+        *("data_type", "vqcode_512", "width", "height"),
+    }
+)
+"""All that is looked at in a row; other fields may hold anything."""
+
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURN_SPLIT, _PAIR_SPLIT = "^^^turn_split^^^", "^^^pair_split^^^"
 _CAPTION_TYPES = ("image_text", "t2i")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uni_x.data.readers.fields import load_fields
+from uni_x.data.readers.parquet import known_fields
 from uni_x.data.readers.parts import Resolve, SourceOptions, reject_rest, to_unicode
 from uni_x.data.schema import Load, Part
 from uni_x.errors import DataError, one_line
@@ -94,9 +95,10 @@ def _stored_rows(dataset: Any, rows: range, split: str, source: str, resolve: Re
 
 def _stored_fields(dataset: Any, number: int) -> Mapping[str, Any]:
     try:
-        return _to_fields(dataset[number])
+        row = dataset[number]
     except Exception as error:  # as above
         raise DataError(f"it cannot be read ({_reason(error)})") from None
+    return _to_fields(row)
 
 
 def _streamed_rows(dataset: Any, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
@@ -116,11 +118,7 @@ def _stream(dataset: Any, part: str, source: str, resolve: Resolve) -> Iterator[
 
 
 def _to_fields(table: Any) -> Mapping[str, Any]:
-    try:
-        fields = table.to_pylist()[0]
-    except UnicodeDecodeError:
-        raise DataError("not valid UTF-8") from None
-    return {name: _with_bytes(value) for name, value in fields.items()}
+    return {name: _with_bytes(value) for name, value in known_fields(table).items()}
 
 
 def _with_bytes(value: Any) -> Any:

@@ -7,7 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uni_x.data.readers.fields import load_fields
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from uni_x.data.arrow import to_python, whole_parquet
+from uni_x.data.readers.fields import KNOWN_FIELDS, load_fields
 from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load
 from uni_x.errors import DataError, one_line
@@ -30,6 +34,20 @@ def _parquet_rows(path: Path, part: str, source: str, resolve: Resolve) -> Itera
         yield partial(load_fields, partial(file.fields, *place), f"{part}:{number}", source, resolve)
 
 
+def known_fields(row: pa.RecordBatch | pa.Table) -> dict[str, Any]:
+    """The columns of a table of one row that a reader looks at; the others are None, whatever stands in them.
+
+    Raises `DataError`, which names the column, for a value that cannot be read.
+    """
+    fields = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        (value,) = to_python(column) if name in KNOWN_FIELDS else (None,)
+        if isinstance(value, DataError):
+            raise DataError(f"{name}: {value}")
+        fields[name] = value
+    return fields
+
+
 class _ParquetFile:
     """Rows of a Parquet file, wanted more or less in their order; those before are decoded on the way.
 
@@ -38,15 +56,13 @@ class _ParquetFile:
     """
 
     def __init__(self, path: Path):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
+        with whole_parquet():
             self._file = pq.ParquetFile(path, buffer_size=_STREAM_BYTES, pre_buffer=False)
             metadata = self._file.metadata
             self.group_sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"not a whole Parquet file ({one_line(error)})") from None
+            names = self._file.schema_arrow.names
+        self._columns = [name for name in names if name in KNOWN_FIELDS]
+        self._unread = dict.fromkeys(name for name in names if name not in KNOWN_FIELDS)
         self._lock = threading.Lock()
         self._group, self._next_row = -1, 0
         self._batches: Iterator[Any] = iter(())  # of the group, from the next row on
@@ -54,13 +70,13 @@ class _ParquetFile:
         self._damaged: dict[int, tuple[int, str]] = {}  # for a group the row from which on it cannot be read, and why
 
     def fields(self, group: int, row: int) -> dict[str, Any]:
-        """Raises `DataError` where the row group or the row's text is damaged."""
+        """The known columns of a row; the others are None.
+
+        Raises `DataError` where the row group is damaged, or a value of the row cannot be read.
+        """
         with self._lock:
             first, batch = self._kept_batch(group, row) or self._read(group, row)
-        try:
-            return batch.slice(row - first, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            raise DataError("not valid UTF-8") from None
+        return {**self._unread, **known_fields(batch.slice(row - first, 1))}
 
     def _kept_batch(self, group: int, row: int) -> tuple[int, Any] | None:
         return next(
@@ -74,8 +90,6 @@ class _ParquetFile:
 
     def _read(self, group: int, row: int) -> tuple[int, Any]:
         """Goes on to the batch that holds a row, and gives it with its first row."""
-        import pyarrow as pa
-
         damaged_from, reason = self._damaged.get(group, (self.group_sizes[group], ""))
         if row >= damaged_from:
             raise DataError(reason)
@@ -97,8 +111,11 @@ class _ParquetFile:
 
     def _start(self, group: int) -> None:
         metadata = self._file.metadata.row_group(group)
-        row_bytes = metadata.total_byte_size // max(metadata.num_rows, 1) + 1
+        chunks = map(metadata.column, range(metadata.num_columns))
+        size = sum(
+            chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in KNOWN_FIELDS
+        )
         least, most = _BATCH_ROWS
-        rows = min(max(_BATCH_BYTES // row_bytes, least), most)
-        self._batches = self._file.iter_batches(rows, row_groups=[group], use_threads=False)
+        rows = min(max(_BATCH_BYTES // (size // max(metadata.num_rows, 1) + 1), least), most)
+        self._batches = self._file.iter_batches(rows, row_groups=[group], columns=self._columns, use_threads=False)
         self._group, self._next_row = group, 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from uni_x.data.arrow import to_python
 from uni_x.data.shards import check_name
 from uni_x.data.translation import rows
 from uni_x.data.translation.rows import Changes, Row, check_columns, make_row, too_large
@@ -58,11 +59,11 @@ class ParquetTable:
 
     def _rows_of(self, table: pa.Table | pa.RecordBatch, before: int) -> Iterator[Row]:
         """Rows of which the first is number `before + 1`."""
-        columns = [_to_python(table.column(name)) for name in self.columns]
+        columns = [to_python(table.column(name)) for name in self.columns]
         for number, values in enumerate(zip(*columns, strict=True), start=before + 1):
-            fault = next((value for value in values if isinstance(value, ValueError)), None)
+            fault = next((value for value in values if isinstance(value, DataError)), None)
             if fault:
-                yield Row(number, {}, f"column {self.columns[values.index(fault)]!r}: cannot be read ({fault})")
+                yield Row(number, {}, f"column {self.columns[values.index(fault)]!r}: {fault}")
             else:
                 yield make_row(number, dict(zip(self.columns, values, strict=True)))
 
@@ -98,21 +99,6 @@ class ParquetTable:
         except (pa.ArrowException, OSError) as error:
             reason = one_line(error)
             raise DataError(f"{self.path}: the Parquet file cannot be read or copied ({reason})") from None
-
-
-def _to_python(column: pa.ChunkedArray | pa.Array) -> list[Any]:
-    """The values; in place of one that Python has no value for (invalid UTF-8, a date of year 0) the error."""
-    try:
-        return column.to_pylist()
-    except ValueError:
-        return [_scalar_to_python(scalar) for scalar in column]
-
-
-def _scalar_to_python(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except ValueError as error:
-        return error
 
 
 def _replace(column: pa.ChunkedArray, values: Mapping[int, Any]) -> pa.ChunkedArray:
