@@ -37,7 +37,7 @@ def test_bad_lines_cost_themselves_alone(tmp_path, monkeypatch):
     assert [row.text for row in rows if not isinstance(row, Rejection)] == ["first", "last"]
     found = reasons(rows)
     assert list(found) == [f"rows.jsonl:{number}" for number in (2, 3, 4, 5, 6, 7, 9)]
-    assert found["rows.jsonl:2"] == "not valid UTF-8"
+    assert found["rows.jsonl:2"] == "not valid UTF-8 (byte 11)"
     assert found["rows.jsonl:4"] == "a JSON object is needed, not list"
     assert found["rows.jsonl:5"] == "a JSON object is needed, not NoneType"
     assert all(found[f"rows.jsonl:{number}"].startswith("not valid JSON") for number in (3, 6, 9))
@@ -105,7 +105,10 @@ def test_bytes_that_are_not_unicode_cost_one_element(tmp_path):
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"text": "a"}, {"text": "\xff"}, 12, {"text": "b"}]')
     rows = read(path)
-    assert reasons(rows) == {"rows.json:2": "not valid UTF-8", "rows.json:3": "a JSON object is needed, not int"}
+    assert reasons(rows) == {
+        "rows.json:2": "not valid UTF-8 (byte 11)",
+        "rows.json:3": "a JSON object is needed, not int",
+    }
     assert (rows[0].text, rows[3].text) == ("a", "b")
 
 

@@ -50,7 +50,7 @@ def test_bad_lines_of_a_table_cost_themselves_alone(tmp_path, monkeypatch):
         ("2", good),
         ("3", good[:-5] + "!" + good[-4:], '"a"'),
         ("4", good, '"\udcff"'),
-        ("5", good, "no JSON"),
+        ("5", good, '{"caption": "cut o'),
         ("6", good, '["", " "]'),
         ("7", good, '"' + "a" * 2**21 + '"'),
         ("8", coded(RED[:30]), '"cut off"'),
@@ -64,7 +64,26 @@ def test_bad_lines_of_a_table_cost_themselves_alone(tmp_path, monkeypatch):
     assert bad["a.tsv:1"] == "no column holds a picture in base64"
     assert bad["a.tsv:3"] == "2 columns, where the lines before have 3"
     assert bad["a.tsv:4"] == "the picture is not valid base64"
-    assert bad["a.tsv:5"] == bad["a.tsv:10"] == "not valid UTF-8"
+    assert bad["a.tsv:5"] == "not valid UTF-8 (byte 2)"
+    assert bad["a.tsv:10"] == "not valid UTF-8 (byte 1)"
     assert bad["a.tsv:6"].startswith("not valid JSON")
     assert bad["a.tsv:7"] == "caption: it is empty"
     assert bad["a.tsv:8"] == "the line is longer than 1 MiB"
+
+
+def test_each_caption_is_plain_or_json_whatever_the_first_one_is(tmp_path):
+    captions = [
+        "plain",
+        '{"caption": "red"}',
+        '["", "blue"]',
+        "[sic]",
+        '"quoted"',
+        '"half" quoted',
+        "7",
+        '"' + "\\u00e9" + '"',
+    ]
+    read_as = ["plain", "red", "blue", "[sic]", "quoted", '"half" quoted', "7", "é"]
+    for order in (1, -1):
+        rows = [(coded(RED), caption) for caption in captions[::order]]
+        found = read(write_lines(tmp_path / "part-00000", rows))
+        assert [row.caption for row in found] == read_as[::order]

@@ -77,7 +77,7 @@ def test_rows_of_a_tar_that_cannot_be_used(tmp_path):
     assert list(found) == [f"a.tar:{key}" for key in ["a", "b", "c", "d", "e", "README", "h", "i", "j"]]
     assert found["a.tar:a"] == "neither txt, caption nor json in it (its members end in png)"
     assert found["a.tar:b"].startswith("no picture stands beside the caption")
-    assert found["a.tar:c"] == "the caption is not valid UTF-8"
+    assert found["a.tar:c"] == "caption: not valid UTF-8 (byte 1)"
     assert found["a.tar:d"].startswith("not valid JSON")
     assert found["a.tar:e"] == "two members of the row end in .png"
     assert found["a.tar:h"] == "caption: it is empty"

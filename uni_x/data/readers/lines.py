@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TextIO, cast
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.parts import Resolve, reject_rest
 from uni_x.data.schema import Load, Rejection
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError
 
 LINE_LIMIT = 64 * 2**20
@@ -52,10 +53,9 @@ def too_long(row_id: str) -> Load:
 
 def parse_json(content: bytes) -> Any:
     """Raises `DataError` for what is not UTF-8 or not JSON."""
+    text = decode_utf8(content)
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError("not valid UTF-8") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON ({error})") from None
 

@@ -13,6 +13,7 @@ from uni_x.data.readers.fields import first_caption, load_fields
 from uni_x.data.readers.lines import parse_json, read_lines, too_long
 from uni_x.data.readers.parts import reject_rest
 from uni_x.data.schema import Load, Rejection
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError
 
 _IMAGE_NAMES = ("image", "image_base64", "img", "base64")
@@ -21,6 +22,7 @@ _ID_NAMES = ("id", "uid", "key")
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftypavi[fs]", re.DOTALL
 )
+_JSON_OF_TEXTS = re.compile(rb'\s*[\[{]\s*"')
 _HEAD = 32  # characters of base64, which hold any signature
 
 
@@ -38,7 +40,7 @@ def table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     """Rows of a file of tab-separated lines, plain or gzipped.
 
     A first line of names tells the columns; without one, the first line with a picture in it tells them by their
-    content. Captions are plain text or JSON: a string, a list of strings (the first that is not empty counts), or an
+    content. Each caption is plain text or JSON: a string, a list of strings (the first that is not empty counts), or an
     object with `caption`, `text`, `captions` or `texts`.
     """
     return reject_rest(part, _table_rows(path, part, source))
@@ -46,7 +48,6 @@ def table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
 
 def _table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
     columns: _Columns | None = None
-    as_json: bool | None = None
     for number, line in read_lines(path):
         row_id = f"{part}:{number}"
         if line is None:
@@ -60,10 +61,7 @@ def _table_rows(path: Path, part: str, source: str) -> Iterator[Load]:
             if columns is None:
                 yield partial(Rejection, row_id, "no column holds a picture in base64")
                 continue
-        if as_json is None:
-            cells = line.split(b"\t")
-            as_json = _caption_json(cells[columns.caption]) if len(cells) == columns.count else None
-        yield partial(load_fields, partial(_fields, line, columns, bool(as_json)), row_id, source, None)
+        yield partial(load_fields, partial(_fields, line, columns), row_id, source, None)
 
 
 def _columns_by_name(line: bytes) -> _Columns | None:
@@ -84,7 +82,7 @@ def _columns_by_content(line: bytes) -> _Columns | None:
     rest = [number for number in range(len(cells)) if number != image]
     if not rest:
         return None
-    caption = next((number for number in rest if _caption_json(cells[number])), rest[-1])
+    caption = next((number for number in rest if _is_json(cells[number])), rest[-1])
     return _Columns(len(cells), image, caption, None if 0 in (image, caption) else 0)
 
 
@@ -101,8 +99,10 @@ def _is_url_safe(cell: bytes) -> bool:
     return b"-" in cell or b"_" in cell
 
 
-def _caption_json(cell: bytes) -> bool:
-    """Whether it is JSON of the kinds that captions come in; a caption that is a number is text."""
+def _is_json(cell: bytes) -> bool:
+    """Whether it is JSON of the kinds that captions come in, damaged or not; a number and `[sic]` are text."""
+    if _JSON_OF_TEXTS.match(cell):
+        return True
     if cell.strip()[:1] not in (b'"', b"[", b"{"):
         return False
     try:
@@ -112,23 +112,16 @@ def _caption_json(cell: bytes) -> bool:
     return True
 
 
-def _fields(line: bytes, columns: _Columns, as_json: bool) -> dict[str, Any]:
+def _fields(line: bytes, columns: _Columns) -> dict[str, Any]:
     cells = line.split(b"\t")
     if len(cells) != columns.count:
         raise DataError(f"{len(cells)} columns, where the lines before have {columns.count}")
     caption = cells[columns.caption]
     return {
-        "id": None if columns.id is None else _to_text(cells[columns.id]),
+        "id": None if columns.id is None else decode_utf8(cells[columns.id]).strip(),
         "image": _to_picture(cells[columns.image]),
-        "caption": _caption(parse_json(caption)) if as_json else _to_text(caption),
+        "caption": _caption(parse_json(caption)) if _is_json(caption) else decode_utf8(caption).strip(),
     }
-
-
-def _to_text(cell: bytes) -> str:
-    try:
-        return cell.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise DataError("not valid UTF-8") from None
 
 
 def _to_picture(cell: bytes) -> bytes:

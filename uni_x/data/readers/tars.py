@@ -13,6 +13,7 @@ from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.lines import parse_object
 from uni_x.data.readers.parts import reject_rest, to_unicode
 from uni_x.data.schema import Load
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError
 from uni_x.pictures import is_picture_name
 
@@ -108,7 +109,7 @@ def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
     with path.open("rb") as stream:
         images = {"images": [_read(stream, member) for member in pictures]} if pictures else {}
         if text is not None:
-            return {**images, "caption": _decode(_read(stream, text))}
+            return {**images, "caption": decode_utf8(_read(stream, text), "caption").strip()}
         assert fields is not None
         return {**parse_object(_read(stream, fields)), **images}
 
@@ -123,10 +124,3 @@ def _read(stream: Any, member: _Member) -> bytes:
     if len(content) != member.size:
         raise DataError("the tar has become shorter while it was read")
     return content
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise DataError("the caption is not valid UTF-8") from None
