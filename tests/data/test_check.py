@@ -437,6 +437,17 @@ def test_benchmarks_are_read_from_json_lists_and_folders_of_texts(tmp_path, benc
         BenchmarkTexts([empty])
 
 
+def test_questions_behind_a_quotation_mark_that_is_never_closed_are_found(uni_x, stored, benchmark):
+    questions = ['"How wide is it', "Is it a star?", '6" of rain', '"Who" said so?', "What is the time?"]
+    rows = "".join(f"{number}\t{question}\n" for number, question in enumerate(questions))
+    path = benchmark("bench.tsv", f"index\tquestion\n{rows}")
+    folder = stored(*(captioned(f"{number}", question) for number, question in enumerate(questions)))
+    code, out, _ = uni_x("data", "check", folder, "--benchmark", path)
+    assert code == 1
+    for number in range(5):
+        assert f"caption: it is the text of bench.tsv, row {number + 1}\n" in out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -450,7 +461,7 @@ def test_benchmarks_are_read_from_json_lists_and_folders_of_texts(tmp_path, benc
             DataError,
             "none of the columns prompt, question, text, caption; it has",
         ),
-        ("a.tsv", "index\tprompt\n0\ta\tb\n", DataError, "not tab-separated rows under a header"),
+        ("a.tsv", "index\tprompt\n0\ta\tb\n", DataError, "row 1: 3 fields under a header of 2"),
         ("a.parquet", "no", DataError, "not a whole Parquet file"),
         ("a.json", "[", DataError, "not valid JSON"),
         ("a.json", '{"prompt": "a"}', DataError, "a JSON list of texts or objects is needed, not dict"),

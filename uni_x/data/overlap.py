@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uni_x.data.arrow import to_python, whole_parquet
+from uni_x.data.delimited import Record, read_records, text_lines
 from uni_x.data.readers.lines import LINE_LIMIT, parse_json, parse_object, read_lines
 from uni_x.data.schema import IMAGE_PLACEHOLDER
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError, UsageError, one_line
 
 FIELDS = ("prompt", "question", "text", "caption")
@@ -124,19 +127,12 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".txt" and not path.name.startswith("."):
-            yield path.name, {"text": _decode(path.read_bytes(), path.name)}
+            yield path.name, {"text": decode_utf8(path.read_bytes(), path.name)}
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for where, line in _lines(path):
-        yield where, {"text": _decode(line, where)}
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not valid UTF-8") from None
+        yield where, {"text": decode_utf8(line, where)}
 
 
 def _json_list_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -159,33 +155,32 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _tab_separated_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
-    from pyarrow import csv
+    records = read_records(text_lines(path), "\t")
+    header = next(records, Record(1, b""))
+    if header.fault:
+        raise DataError(f"the header cannot be read: {header.fault}")
+    _known_columns(header.fields)
+    for number, record in enumerate(records, start=1):
+        where = f"row {number}"
+        if record.fields or record.fault:
+            yield where, dict(zip(header.fields, _fields(record, len(header.fields), where), strict=True))
 
-    _, header = next(_lines(path), ("", b""))
-    names = [name.strip('"') for name in header.decode("utf-8", "replace").split("\t")]
-    columns = _known_columns(names)
-    try:
-        batches = csv.open_csv(
-            path,
-            csv.ReadOptions(use_threads=False, block_size=LINE_LIMIT),
-            csv.ParseOptions(delimiter="\t", newlines_in_values=True),
-            csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
-        )
-        yield from _batch_rows(batches)
-    except pa.ArrowException as error:
-        raise DataError(f"not tab-separated rows under a header ({error})") from None
+
+def _fields(record: Record, width: int, where: str) -> Sequence[str]:
+    """The fields; of a record with quotation marks that open and never close, they are part of the texts."""
+    if not record.fault:
+        return record.fields
+    fields = decode_utf8(record.raw, where).rstrip("\r\n").split("\t")
+    if len(fields) != width:
+        raise DataError(f"{where}: {record.fault}")
+    return fields
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from _batch_rows(file.iter_batches(1024, columns=_known_columns(file.schema_arrow.names)))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"not a whole Parquet file ({error})") from None
+    with whole_parquet(), pq.ParquetFile(path) as file:
+        yield from _batch_rows(file.iter_batches(1024, columns=_known_columns(file.schema_arrow.names)))
 
 
 def _known_columns(names: Sequence[str]) -> list[str]:
@@ -196,8 +191,15 @@ def _known_columns(names: Sequence[str]) -> list[str]:
 
 
 def _batch_rows(batches: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    rows = (row for batch in batches for row in batch.to_pylist())
+    rows = (
+        dict(zip(batch.schema.names, values, strict=True))
+        for batch in batches
+        for values in zip(*map(to_python, batch.columns), strict=True)
+    )
     for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if isinstance(value, DataError):
+                raise DataError(f"row {number}, {name}: {value}")
         yield f"row {number}", row
 
 

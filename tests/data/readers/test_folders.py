@@ -30,7 +30,7 @@ def test_captions_that_are_missing_empty_or_not_text_are_told(tmp_path):
     assert [row.reason for row in rejected] == [
         "the caption is missing: a.txt",
         "caption: it is empty",
-        "the caption is not valid UTF-8: c.txt",
+        "caption: not valid UTF-8 (byte 1)",
     ]
     assert (good.caption, good.source) == ("é", tmp_path.name)
 
@@ -60,7 +60,7 @@ def test_captions_stand_in_json_beside_the_pictures(tmp_path):
     assert (rows[0].caption, rows[1].messages, rows[4].caption) == ("a cat", ANSWERED, "a dog")
     assert reasons(rows).keys() == {"c.png", "d.png"}
     assert "not valid JSON" in rows[2].reason
-    assert rows[3].reason == "not valid UTF-8"
+    assert rows[3].reason == "not valid UTF-8 (byte 11)"
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "metadata.csv"])
@@ -96,22 +96,34 @@ def test_bad_lines_of_a_csv_cost_themselves_alone(tmp_path):
         b'a.png,"a "cat" here"',
         b"a.png,last",
         b'a.png,"never closed',
-        b"a.png,swallowed",
+        b"a.png,behind it",
     ]
     (tmp_path / "captions.csv").write_bytes(b"\n".join(table))
     rows = read(tmp_path)
-    assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "absolute", "last"]
+    assert [row.caption for row in rows if not isinstance(row, Rejection)] == ["first", "absolute", "last", "behind it"]
+    assert rows[-1].caption == "behind it"
     found = reasons(rows)
     assert list(found) == [f"captions.csv:{number}" for number in (3, 5, 6, 7, 8, 9, 10, 11, 12, 14)]
     assert found["captions.csv:3"].startswith("the picture is outside the folder of the file that names it")
     assert found["captions.csv:6"] == "the picture is missing: gone.png"
     assert found["captions.csv:7"].startswith("the picture is missing: a")
     assert found["captions.csv:8"].startswith("the picture is missing: xxx")
-    assert found["captions.csv:9"] == "not valid UTF-8"
-    assert found["captions.csv:10"] == "3 cells under 2 columns"
+    assert found["captions.csv:9"] == "not valid UTF-8 (byte 7)"
+    assert found["captions.csv:10"] == "3 fields under a header of 2"
     assert found["captions.csv:11"] == "no file name in it (column file_name or file or image or path)"
-    assert "lines 12 to 12 are not valid CSV" in found["captions.csv:12"]
-    assert "lines 14 to 15 are not valid CSV" in found["captions.csv:14"]
+    assert found["captions.csv:12"].startswith("not a comma-separated row (")
+    assert found["captions.csv:14"] == "a quotation mark opens a field, and none closes it"
+
+
+def test_a_quote_in_a_csv_that_is_never_closed_costs_its_line_and_long_captions_are_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(RED)
+    lines = ["file_name,caption", 'a.png,"2" wide', *(f"a.png,number {number}" for number in range(500))]
+    lines += [f"a.png,{'long ' * 40_000}", 'a.png,"two\nlines"', 'a.png,"open', *["a.png,more"] * 500]
+    (tmp_path / "captions.csv").write_text("\r".join(lines))  # as spreadsheets of old write them
+    rows = read(tmp_path)
+    assert len(rows) == len(lines) - 1
+    assert list(reasons(rows)) == ["captions.csv:2", "captions.csv:506"]
+    assert len(rows[501].caption) == 40_000 * 5
 
 
 def test_captions_stand_in_the_metadata_of_an_image_folder(tmp_path):

@@ -1,17 +1,18 @@
 """Folders of pictures, each with its caption in a file beside it, or all of them in one table."""
 
-import csv
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from uni_x.data.delimited import read_records, text_lines
 from uni_x.data.readers.fields import load_fields
 from uni_x.data.readers.lines import parse_object, read_lines, too_long
 from uni_x.data.readers.parts import Resolve, reject_rest, to_unicode
-from uni_x.data.schema import Load, Part, Rejection, check_text, is_unicode
+from uni_x.data.schema import Load, Part, Rejection, check_text
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError
 from uni_x.pictures import is_picture_name
 
@@ -132,11 +133,10 @@ def _beside(folder: Path, root: Path, entry: _Entry) -> Mapping[str, Any]:
 
 def _read_caption(path: Path) -> str:
     try:
-        caption = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise DataError(f"the caption is not valid UTF-8: {path.name}") from None
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"the caption cannot be read: {path.name} ({error.strerror})") from None
+    caption = decode_utf8(content, "caption").strip()
     check_text(caption, "caption")
     return caption
 
@@ -151,35 +151,24 @@ def _jsonl_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterato
 
 
 def _csv_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:
-    # Bytes that are not UTF-8 cost their own row alone; a quote that is never closed is an error, not a long caption.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        header: list[str] | None = None
-        while True:
-            first = reader.line_num + 1
-            row_id = f"{part}:{first}"
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                if header is None:
-                    raise DataError(f"the line of columns is not valid CSV ({error})") from None
-                yield partial(Rejection, row_id, f"lines {first} to {reader.line_num} are not valid CSV ({error})")
-                continue
-            if cells is None:
-                return
-            if header is None:
-                header = cells
-            elif cells:
-                read = partial(_cells, header, cells)
-                yield partial(load_fields, partial(_listed, read, resolve), row_id, source, None)
+    records = read_records(text_lines(path), ",")
+    header = next(records, None)
+    if header is None:
+        return
+    if header.fault:
+        raise DataError(f"the line of columns cannot be read: {header.fault}")
+    columns = [name.strip() for name in header.fields]
+    for record in records:
+        row_id = f"{part}:{record.line}"
+        if record.fault:
+            yield partial(Rejection, row_id, record.fault)
+        elif record.fields:
+            read = partial(_cells, columns, record.fields)
+            yield partial(load_fields, partial(_listed, read, resolve), row_id, source, None)
 
 
-def _cells(header: list[str], cells: list[str]) -> dict[str, Any]:
-    if len(cells) != len(header):
-        raise DataError(f"{len(cells)} cells under {len(header)} columns")
-    if not is_unicode("".join(cells)):
-        raise DataError("not valid UTF-8")
-    return {column.strip(): cell for column, cell in zip(header, cells, strict=True)}
+def _cells(columns: Sequence[str], fields: Sequence[str]) -> Mapping[str, str]:
+    return dict(zip(columns, fields, strict=True))
 
 
 def _listed(read: Callable[[], Mapping[str, Any]], resolve: Resolve) -> Mapping[str, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from uni_x.data.delimited import MAX_RECORD_BYTES
 from uni_x.data.translation.values import texts_of
 from uni_x.errors import DataError
 
-MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_BYTES = MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True, slots=True)

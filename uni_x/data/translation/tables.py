@@ -7,19 +7,19 @@ rewritten values differs. Lines without any are copied as they stand, and so are
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uni_x.data.delimited import Record, read_records
 from uni_x.data.translation import rows
 from uni_x.data.translation.parquet_table import ParquetTable
 from uni_x.data.translation.rows import Changes, Row, Table, check_columns, make_row, too_large
 from uni_x.data.translation.values import kind_of
+from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError, UsageError
 from uni_x.runs import writing_whole
 
@@ -102,7 +102,7 @@ class TabSeparated:
     columns: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        header = next(self._records(), _Record(b""))
+        header = next(self._records(), Record(1, b""))
         if header.fault:
             raise DataError(f"{self.path}: the header cannot be read: {header.fault}")
         check_columns(self.path, self.columns, header.fields)
@@ -123,21 +123,15 @@ class TabSeparated:
                 values = changes(self._row(number, header, record))
                 stream.write(_join(header, record, values) if values else record.raw)
 
-    def _row(self, number: int, header: _Record, record: _Record) -> Row:
+    def _row(self, number: int, header: Record, record: Record) -> Row:
         if record.fault or not record.fields:
             return Row(number, {}, record.fault)
         found = dict(zip(header.fields, record.fields, strict=True))
         return make_row(number, {name: found[name] for name in self.columns})
 
-    def _records(self) -> Iterator[_Record]:
+    def _records(self) -> Iterator[Record]:
         """The header first."""
-        # The limit is one for the whole process; pictures in base64 pass the usual one of 128 KB.
-        csv.field_size_limit(max(csv.field_size_limit(), rows.MAX_ROW_BYTES))
-        lines = _Lines(_read_lines(self.path))
-        width = 0
-        while record := _read_record(lines, width):
-            width = width or len(record.fields)
-            yield record
+        return read_records(_read_lines(self.path), "\t")
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ class PromptList(_RowALine):
     def _rows(self) -> Iterator[tuple[Row, bytes]]:
         for number, line in enumerate(_read_lines(self.path), start=1):
             try:
-                prompt = _decode(line.removesuffix(_end(line)))
+                prompt = decode_utf8(line.removesuffix(_end(line)))
             except DataError as error:
                 yield Row(number, {}, str(error)), line
             else:
@@ -160,69 +154,7 @@ class PromptList(_RowALine):
         return prompt.encode("utf-8") + _end(line)
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """A record as it stands in the file, and its fields, or the fault for which they cannot be told."""
-
-    raw: bytes
-    fields: tuple[str, ...] = ()
-    fault: str = ""
-
-
-class _Lines(Iterator[bytes]):
-    """Lines that can be given back, to be read again."""
-
-    def __init__(self, lines: Iterator[bytes]):
-        self._lines = lines
-        self._returned: deque[bytes] = deque()
-
-    def __next__(self) -> bytes:
-        return self._returned.popleft() if self._returned else next(self._lines)
-
-    def give_back(self, lines: list[bytes]) -> None:
-        self._returned.extendleft(reversed(lines))
-
-
-def _read_record(lines: _Lines, width: int) -> _Record | None:
-    """The next record, of `width` fields where that is known already; None at the end of the file.
-
-    A field that opens a quotation mark and never closes it would take the rest of the file with it. So of a record that
-    cannot be read only the first line is taken.
-    """
-    taken: list[bytes] = []
-
-    def decoded() -> Iterator[str]:
-        size = 0
-        for line in lines:
-            taken.append(line)
-            size += len(line)
-            if size > rows.MAX_ROW_BYTES:
-                raise csv.Error("no end of it in sight")
-            yield line.decode("utf-8")
-
-    try:
-        fields = next(csv.reader(decoded(), delimiter="\t", strict=True), None)
-        fault = f"{len(fields)} fields under a header of {width}" if fields and width not in (0, len(fields)) else ""
-    except (csv.Error, UnicodeDecodeError) as error:
-        fields = []
-        fault = _record_fault(error, spans_lines=len(taken) > 1)
-    if not taken:
-        return None
-    if fault:
-        lines.give_back(taken[1:])
-        return _Record(taken[0], fault=fault)
-    return _Record(b"".join(taken), tuple(fields or ()))
-
-
-def _record_fault(error: csv.Error | UnicodeDecodeError, spans_lines: bool) -> str:
-    if spans_lines or "end of data" in str(error):
-        return "a quotation mark opens a field, and none closes it"
-    if isinstance(error, UnicodeDecodeError):
-        return _encoding_fault(error)
-    return f"not a tab-separated row ({error})"
-
-
-def _join(header: _Record, record: _Record, values: Mapping[str, str]) -> bytes:
+def _join(header: Record, record: Record, values: Mapping[str, str]) -> bytes:
     """The record's line or lines with new values of some fields."""
     fields = [values.get(name, field) for name, field in zip(header.fields, record.fields, strict=True)]
     return "\t".join(map(_quote, fields)).encode("utf-8") + _end(record.raw)
@@ -247,23 +179,12 @@ def _read_lines(path: Path) -> Iterator[bytes]:
             yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(_encoding_fault(error)) from None
-
-
-def _encoding_fault(error: UnicodeDecodeError) -> str:
-    return f"not valid UTF-8 (byte {error.start + 1} of its line)"
-
-
 def _end(line: bytes) -> bytes:
     return line[len(line.rstrip(b"\r\n")) :]
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
-    text = _decode(line)
+    text = decode_utf8(line)
     if not text.strip():
         return {}
     try:
