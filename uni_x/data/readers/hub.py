@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ def hub_dataset(name: str, options: SourceOptions) -> list[Part]:
 
 
 def local_repository(folder: Path, config: str, options: SourceOptions, source: str, resolve: Resolve) -> list[Part]:
-    """A folder that holds what a repository of the hub does, as a clone of it."""
+    """A folder that holds what a repository of the hub does, as a clone of it.
+
+    It is streamed, whatever `options` say: the library's cache knows a folder by its base name, and no change in it.
+    """
+    options = replace(options, streaming=True)
     # The library would take a name without a folder for one of its own, such as "json".
     dataset = _load(os.path.abspath(folder), config, options, f"{folder}: this dataset", f"{folder}: no dataset")
     return _parts(dataset, options.split or _DEFAULT_SPLIT, source, resolve)
