@@ -1,6 +1,11 @@
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -69,6 +74,64 @@ def test_half_a_surrogate_in_the_name_of_a_source_is_spelt_out(tokenizer, tmp_pa
     )
     assert encode_source(str(source), tokenizer, tmp_path / "out").written == 2
     assert [sample.source for sample in iterate_samples(tmp_path / "out", 64)] == ["x\\ud800", "é"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone of a repository whose card names one file, and what it holds."""
+    pytest.importorskip("datasets").disable_progress_bars()
+
+    def write(folder, *texts):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        card = "---\nconfigs:\n- config_name: own\n  data_files: data/train-00000-of-00001.parquet\n---\n"
+        (folder / "README.md").write_text(card)
+        pq.write_table(pa.table({"text": texts}), folder / "data" / "train-00000-of-00001.parquet")
+        return folder
+
+    return write
+
+
+def texts_in(out):
+    return [sample.text for sample in iterate_samples(out, 64)]
+
+
+@pytest.mark.parametrize("config", ["", ":own"])
+def test_a_clone_gives_the_rows_that_it_holds_now(tokenizer, clone, tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    one, other = clone(tmp_path / "one" / "clone", "a", "b"), clone(tmp_path / "other" / "clone", "c")
+    encode_source(f"one/clone{config}", tokenizer, tmp_path / "first")
+    encode_source(f"{other}{config}", tokenizer, tmp_path / "second")
+    assert (texts_in(tmp_path / "first"), texts_in(tmp_path / "second")) == (["a", "b"], ["c"])
+    assert encode_source(f"{one}{config}", tokenizer, tmp_path / "first").already_done
+    clone(one, "a", "b", "new")
+    with pytest.raises(RunError, match="has changed since it was encoded"):
+        encode_source(f"{one}{config}", tokenizer, tmp_path / "first")
+    encode_source(f"{one}{config}", tokenizer, tmp_path / "third")
+    assert texts_in(tmp_path / "third") == ["a", "b", "new"]
+
+
+def test_codes_inside_the_folder_of_pictures_are_none_of_it(uni_x, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (source := tmp_path / "pictures").mkdir()
+    for number in range(1500):
+        Image.new("L", (16, 16), number % 256).save(source / f"{number:04d}.png")
+        (source / f"{number:04d}.txt").write_text(f"number {number}")
+    out = source / "more" / "codes"
+    command = ("encode", source, "--image-tokenizer", tmp_path / "tokenizer", "--out", out)
+    process = subprocess.Popen([sys.executable, "-m", "uni_x", *map(str, command)], stdout=subprocess.DEVNULL)
+    while not list(out.glob("part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert len(list(out.glob("part-*.parquet"))) == 1
+
+    code, said, err = uni_x(*command)
+    assert (code, said.splitlines()[0]) == (0, f"1500 read = 1500 written + 0 rejected, in {out}"), err
+    code, said, _ = uni_x(*command)
+    assert (code, said.startswith("This folder is finished already")) == (0, True)
+    code, _, err = uni_x(*command[:-1], source)
+    assert (code, err) == (1, f"error: {source}: --out is the folder of the source itself; choose another\n")
 
 
 def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uni_x.data.readers.folders import TABLES, directories
-from uni_x.data.readers.kinds import DATASET, PICTURES, REPOSITORY, kind_of_file, kind_of_folder
+from uni_x.data.readers.kinds import DATASET, PICTURES, REPOSITORY, Found
 from uni_x.pictures import is_picture_name
 from uni_x.words import count_of
 
@@ -40,17 +40,14 @@ class Inventory:
         return f"{count_of(self.files, 'file')} of {count_of(self.bytes, 'byte')}"
 
 
-def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None = None) -> Inventory:
+def take_inventory(found: Found, leave_out: Path | None = None) -> Inventory:
     """Counts the files that a source on disk is read from, subfolders included where they are pictures.
 
-    Args:
-        source: a file or a folder that `uni_x.data.readers.open_source` reads.
-        kind: which files of a folder count, where it holds several kinds.
-        leave_out: a folder inside the source that does not count.
+    A folder to `leave_out` inside the source does not count.
     """
     files = total = 0
     digest = hashlib.sha256()
-    for path, name in sorted(_files(source, kind, leave_out), key=lambda file: file[1]):
+    for path, name in sorted(_files(found, leave_out), key=lambda file: file[1]):
         try:
             state = path.stat()
             if stat.S_ISDIR(state.st_mode):  # a link, which is a row that is rejected
@@ -63,17 +60,13 @@ def take_inventory(source: Path, kind: str | None = None, leave_out: Path | None
     return Inventory(files, total, digest.hexdigest())
 
 
-def _files(source: Path, kind: str | None, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
+def _files(found: Found, leave_out: Path | None) -> Iterator[tuple[Path, str]]:
     """The files, each with its path inside the source."""
-    found = kind_of_folder(source, kind) if source.is_dir() else kind_of_file(source)
     if found.kind not in (PICTURES, DATASET, REPOSITORY):
         yield from ((found.folder / file, file) for file in found.files)
         return
-    left_out = None if leave_out is None else leave_out.resolve()
-    for inside, names, links in directories(found.folder):
+    for inside, names, links in directories(found.folder, leave_out):
         folder = found.folder / inside
-        if left_out is not None and folder.resolve().is_relative_to(left_out):
-            continue
         for name in [*names, *links]:
             if found.kind != PICTURES or name in found.files or name in links or _belongs_to_pictures(name):
                 yield folder / name, (inside / name).as_posix()

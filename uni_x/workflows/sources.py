@@ -9,14 +9,15 @@ from pathlib import Path
 
 from uni_x import launch, scenes
 from uni_x.data.encode import EncodeSummary, Share, encode
-from uni_x.data.inventory import take_inventory
+from uni_x.data.inventory import Inventory, take_inventory
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import SourceOptions, open_source
+from uni_x.data.readers.kinds import find_on_disk
 from uni_x.data.readers.parts import to_unicode
 from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import REJECTS, frequent_reasons
 from uni_x.data.schema import Load, Message, Part, SourceRow
-from uni_x.errors import ProcessError
+from uni_x.errors import DataError, ProcessError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
 from uni_x.runs import installed_versions
@@ -62,17 +63,9 @@ def encode_source(
         if progress is not None:
             progress(summary.read, limit or 0, f"{summary.rejected} rejected")
 
-    options = options or SourceOptions()
-    on_disk = source != OPENMOJI and Path(source).exists()
-    inventory = take_inventory(Path(source), options.kind, leave_out=out) if on_disk else None
+    options = replace(options or SourceOptions(), leave_out=out)
+    name, inventory = _identity(source, options)
     parts = read_source(source, tokenizer.resolution, options)
-    pictures = None if options.pictures is None else _resolve(options.pictures)
-    name = _resolve(source) if on_disk else source
-    name += "".join(
-        f", {option} {value}"
-        for option, value in (("split", options.split), ("kind", options.kind), ("pictures", pictures))
-        if value is not None
-    )
     if limit is not None:
         name += f", the first {limit}"
         parts = [Part("first", partial(_first_rows, parts, limit))]
@@ -88,6 +81,24 @@ def encode_source(
         share=launched_share(),
         progress=report,
     )
+
+
+def _identity(source: str, options: SourceOptions) -> tuple[str, Inventory | None]:
+    """What tells a source from others, in words, and its files, or None where none are on this disk.
+
+    Raises `DataError` where the folder to leave out is the source itself.
+    """
+    name, inventory = source, None
+    found = None if source == OPENMOJI else find_on_disk(source, options.kind, options.leave_out)
+    if found is not None:
+        if options.leave_out is not None and _resolve(source) == _resolve(options.leave_out):
+            raise DataError(f"{options.leave_out}: --out is the folder of the source itself; choose another")
+        name = f"{_resolve(found.folder)}:{found.config}" if found.config else _resolve(source)
+        inventory = take_inventory(found, options.leave_out)
+    pictures = None if options.pictures is None else _resolve(options.pictures)
+    said = {"split": options.split, "kind": options.kind, "pictures": pictures}
+    name += "".join(f", {option} {value}" for option, value in said.items() if value is not None)
+    return name, inventory
 
 
 def _resolve(path: str | Path) -> str:

@@ -18,9 +18,8 @@ from uni_x.data.readers.kinds import (
     REPOSITORY,
     Found,
     choose_split,
+    find_on_disk,
     is_file_name,
-    kind_of_file,
-    kind_of_folder,
 )
 from uni_x.data.readers.lines import json_rows
 from uni_x.data.readers.parquet import parquet_rows
@@ -28,7 +27,6 @@ from uni_x.data.readers.parts import PictureFinder, Resolve, SourceOptions, to_u
 from uni_x.data.readers.tables import table_rows
 from uni_x.data.readers.tars import tar_rows
 from uni_x.data.schema import Load, Part
-from uni_x.data.shards import MANIFEST, read_manifest
 from uni_x.errors import DataError
 
 __all__ = ["SourceOptions", "open_source"]
@@ -52,26 +50,24 @@ def open_source(name: str, options: SourceOptions | None = None) -> list[Part]:
     wrote, or an option that means nothing to this kind of source.
     """
     options = options or SourceOptions()
-    path, shown = Path(name), to_unicode(name)
-    if path.is_dir():
-        _refuse_encoded(path)
-        return _open(kind_of_folder(path, options.kind), to_unicode(path.resolve().name), shown, options)
-    if options.kind is not None:
-        raise DataError(f"{shown}: no folder, and --kind chooses among the files of one; leave it out")
-    if path.exists():
-        if path.suffix == ".parquet":
-            _refuse_encoded(path.parent)
-        return _open(kind_of_file(path), to_unicode(Path(path.name.removesuffix(".gz")).stem), shown, options)
-    folder, _, config = name.rpartition(":")
-    if folder and Path(folder).is_dir():
-        return _open(Found(REPOSITORY, Path(folder)), to_unicode(Path(folder).resolve().name), shown, options, config)
+    shown = to_unicode(name)
+    found = find_on_disk(name, options.kind, options.leave_out)
+    if found is not None:
+        return _open(found, _name_of(Path(name), found), shown, options)
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name(name):
         _refuse_pictures(shown, options)
         return hub_dataset(name, options)
     raise DataError(f"{shown}: no such file or folder (a source is {KNOWN})")
 
 
-def _open(found: Found, source: str, shown: str, options: SourceOptions, config: str = "") -> list[Part]:
+def _name_of(path: Path, found: Found) -> str:
+    """What rows have as their source where they name none."""
+    if path.is_file():
+        return to_unicode(Path(path.name.removesuffix(".gz")).stem)
+    return to_unicode(found.folder.resolve().name)
+
+
+def _open(found: Found, source: str, shown: str, options: SourceOptions) -> list[Part]:
     names_pictures = found.kind in (*_NAMING_PICTURES, REPOSITORY) or (found.kind == PICTURES and found.files)
     if not names_pictures:
         _refuse_pictures(shown, options)
@@ -79,13 +75,13 @@ def _open(found: Found, source: str, shown: str, options: SourceOptions, config:
         return saved_dataset(found.folder, options, source)
     resolve = PictureFinder(*(folder for folder in (found.folder, options.pictures) if folder))
     if found.kind == REPOSITORY:
-        return local_repository(found.folder, config, options, source, resolve)
+        return local_repository(found.folder, found.config, options, source, resolve)
     if options.split is not None or found.kind != PICTURES:
         found = choose_split(found, options.split)
     if found.kind == PICTURES and found.files:
         return [table_folder(found.folder, table, source, resolve) for table in found.files]
     if found.kind == PICTURES:
-        pictures = picture_folder(found.folder, source)
+        pictures = picture_folder(found.folder, source, options.leave_out)
         if pictures is None:
             raise DataError(f"{shown}: nothing to read in it (a source is {KNOWN})")
         return [pictures]
@@ -100,9 +96,3 @@ def _open(found: Found, source: str, shown: str, options: SourceOptions, config:
 def _refuse_pictures(shown: str, options: SourceOptions) -> None:
     if options.pictures is not None:
         raise DataError(f"{shown}: holds its pictures itself, and names none by their paths; leave --pictures out")
-
-
-def _refuse_encoded(folder: Path) -> None:
-    manifest = read_manifest(folder / MANIFEST)
-    if manifest is not None and {"tokenizer", "codebook_size", "shard_size"} <= manifest.keys():
-        raise DataError(f"{to_unicode(str(folder))}: encoded already, `uni-x encode` wrote it; train on it as it is")

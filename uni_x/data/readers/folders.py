@@ -23,14 +23,15 @@ _FILE_COLUMNS = ("file_name", "file", "image", "path")
 _CAPTION_SUFFIXES = (".txt", ".json")  # the first counts where both are there
 
 
-def picture_folder(folder: Path, source: str) -> Part | None:
+def picture_folder(folder: Path, source: str, leave_out: Path | None = None) -> Part | None:
     """The pictures of a folder, subfolders included, whose captions stand beside them; None where there are none.
 
     The caption of `cat.jpg` stands in `cat.txt` (UTF-8), or in `cat.json` as the fields of a row. Rows are sorted by
     path, and their ids are the paths inside the folder. What cannot be used is a row too, which is rejected: a caption
-    without a picture, a picture of a format that is not read, and a symbolic link that leads outside the folder.
+    without a picture, a picture of a format that is not read, and a symbolic link that leads outside the folder. What
+    is in a folder to `leave_out` is none.
     """
-    entries = _find_entries(folder)
+    entries = _find_entries(folder, leave_out)
     if not any(entry.picture for entry in entries):
         return None
     return Part(to_unicode(folder.resolve().name), partial(_rows, folder, entries, source))
@@ -45,15 +46,18 @@ def table_folder(folder: Path, table: str, source: str, resolve: Resolve) -> Par
     return Part(table, lambda: reject_rest(table, read(folder / table, table, source, resolve)))
 
 
-def directories(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """The directories in a folder, itself first, by their paths inside it.
+def directories(folder: Path, leave_out: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """The directories in a folder, itself first, by their paths inside it, but for one to `leave_out`.
 
     Each comes with the names of its files, and of its links to directories, which are not followed.
     """
+    left_out = None if leave_out is None else os.path.realpath(leave_out)
     for directory, subfolders, names in os.walk(folder):
-        # Hidden files are litter of file managers, such as the "._cat.jpg" of macOS.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         path = Path(directory)
+        # Hidden files are litter of file managers, such as the "._cat.jpg" of macOS.
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and os.path.realpath(path / name) != left_out
+        ]
         links = [name for name in subfolders if (path / name).is_symlink()]
         yield path.relative_to(folder), [name for name in names if not name.startswith(".")], links
 
@@ -88,10 +92,10 @@ def _captions(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _find_entries(folder: Path) -> list[_Entry]:
+def _find_entries(folder: Path, leave_out: Path | None) -> list[_Entry]:
     entries = []
     root = Path(os.path.realpath(folder))
-    for inside, names, links in directories(folder):
+    for inside, names, links in directories(folder, leave_out):
         captions = _captions(names)
         lonely = captions.keys() - picture_stems(names)
         for name in names:

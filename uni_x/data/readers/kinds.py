@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uni_x.data.readers.folders import TABLES, directories, has_captions, picture_stems
 from uni_x.data.readers.parts import to_unicode
+from uni_x.data.shards import MANIFEST, read_manifest
 from uni_x.errors import DataError
 
 PICTURES, DATASET, REPOSITORY = "pictures", "dataset", "repository"
@@ -37,17 +38,42 @@ class Found:
     """Files of one kind.
 
     `folder` holds them; `files` are those to read, by their names: none for a data set or a repository of one, a table
-    of captions or none for pictures.
+    of captions or none for pictures. `config` is the chosen configuration of a repository.
     """
 
     kind: str
     folder: Path
     files: tuple[str, ...] = ()
+    config: str = ""
 
     def __str__(self) -> str:
         if self.kind == PICTURES:
             return "pictures with captions"
         return "a saved data set" if self.kind == DATASET else f"{self.kind} files such as {to_unicode(self.files[0])}"
+
+
+def find_on_disk(name: str, kind: str | None = None, leave_out: Path | None = None) -> Found | None:
+    """What a file, a folder or `DIR:config` is, as `kind_of_file` and `kind_of_folder` tell; None where none is there.
+
+    Raises `DataError` as they do, for what `uni-x encode` wrote, and for a `kind` that is wanted of another thing than
+    a folder.
+    """
+    path = Path(name)
+    _refuse_encoded(path.parent if path.suffix == ".parquet" and path.is_file() else path)
+    if path.is_dir():
+        return kind_of_folder(path, kind, leave_out)
+    if kind is not None:
+        raise DataError(f"{to_unicode(name)}: no folder, and --kind chooses among the files of one; leave it out")
+    if path.exists():
+        return kind_of_file(path)
+    folder, _, config = name.rpartition(":")
+    return Found(REPOSITORY, Path(folder), config=config) if folder and Path(folder).is_dir() else None
+
+
+def _refuse_encoded(folder: Path) -> None:
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest is not None and {"tokenizer", "codebook_size", "shard_size"} <= manifest.keys():
+        raise DataError(f"{to_unicode(str(folder))}: encoded already, `uni-x encode` wrote it; train on it as it is")
 
 
 def kind_of_file(path: Path) -> Found:
@@ -91,13 +117,13 @@ def _split_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def kind_of_folder(folder: Path, wanted: str | None) -> Found:
+def kind_of_folder(folder: Path, wanted: str | None, leave_out: Path | None = None) -> Found:
     """The kind of source that a folder is, or the one that is `wanted` of several.
 
     A repository of a dataset has a card that tells its configurations, and no tars, or nothing but splits in `data`.
     Otherwise files count at the folder's top. Pictures count in subfolders too, but beside other files only where one
-    has a caption, as those of rows have none. Notes are no source: those of the library datasets, and what is named
-    after a tar.
+    has a caption, as those of rows have none; one folder may be left out. Notes are no source: those of the library
+    datasets, and what is named after a tar.
 
     Raises `DataError` where nothing is there, more than one kind, nothing that is wanted, or a packed tar.
     """
@@ -111,7 +137,7 @@ def kind_of_folder(folder: Path, wanted: str | None) -> Found:
         _refuse_packed_tars(folder, sorted(names))
     if wanted is not None:
         found = [Found(PICTURES, folder)] if wanted == PICTURES else [each for each in found if each.kind == wanted]
-    elif not found or _is_captioned(folder, names):
+    elif not found or _is_captioned(folder, names, leave_out):
         found.append(Found(PICTURES, folder))
     shown = to_unicode(str(folder))
     if not found:
@@ -166,8 +192,10 @@ def _files_by_kind(names: set[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _is_captioned(folder: Path, names: Iterable[str]) -> bool:
-    return not set(TABLES).isdisjoint(names) or any(has_captions(files) for _, files, _ in directories(folder))
+def _is_captioned(folder: Path, names: Iterable[str], leave_out: Path | None) -> bool:
+    return not set(TABLES).isdisjoint(names) or any(
+        has_captions(files) for _, files, _ in directories(folder, leave_out)
+    )
 
 
 def _with_table(found: Found, names: Iterable[str]) -> Found:

@@ -23,12 +23,14 @@ class SourceOptions:
         streaming: read a data set of the hub without downloading it first.
         kind: which files of a folder that holds several kinds of them.
         pictures: a folder for the pictures that rows name, beside that of the file which names them.
+        leave_out: a folder inside the source that is none of it, as that of its codes.
     """
 
     split: str | None = None
     streaming: bool = False
     kind: str | None = None
     pictures: Path | None = None
+    leave_out: Path | None = None
 
 
 class PictureFinder:
