@@ -105,6 +105,25 @@ def test_a_tar_cut_anywhere_gives_its_whole_rows_and_one_rejection(webdataset, t
     assert not reasons(read(tmp_path / "whole.tar"))
 
 
+def test_rows_behind_the_end_of_a_tar_are_told(webdataset, tmp_path):
+    path = tmp_path / "a.tar"
+    whole = write_tar(webdataset, path, [{"__key__": f"{key}", "png": RED, "txt": key} for key in "abcd"]).read_bytes()
+    with tarfile.open(path) as tar:
+        start = tar.getmember("c.png").offset
+    for content, good in (
+        (whole[:start] + bytes(512) + whole[start + 512 :], ["a"]),  # a header that was zeroed
+        (whole + whole, ["a", "b", "c"]),
+        (whole + bytes(2**21) + b"x", ["a", "b", "c"]),
+    ):
+        path.write_bytes(content)
+        *rows, last = read(path)
+        assert [row.caption for row in rows] == good
+        assert last.id == "a.tar:rest"
+        assert f"is lost, from row {len(good) + 1} on: it goes on behind its end at byte " in last.reason
+    path.write_bytes(whole + bytes(2**21))
+    assert not reasons(read(path))
+
+
 def test_a_damaged_header_is_not_the_end(webdataset, tmp_path):
     rows = [{"__key__": f"{number}", "png": RED, "txt": f"number {number}"} for number in range(4)]
     content = bytearray(write_tar(webdataset, tmp_path / "a.tar", rows).read_bytes())

@@ -18,6 +18,7 @@ from uni_x.errors import DataError
 from uni_x.pictures import is_picture_name
 
 _TEXTS = ("txt", "caption")
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,14 @@ def _why_unusable(member: tarfile.TarInfo) -> str | None:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Python's reader takes a cut or a damaged header for the end, which is in truth a block of zeros."""
+    """Python's reader takes a cut or a damaged header for the end, where in truth nothing but zeros follow."""
     with path.open("rb") as stream:
         stream.seek(offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"the tar breaks off or is damaged at byte {offset:,}")
+        while piece := stream.read(_CHUNK):
+            if piece.strip(b"\0"):
+                raise DataError(f"it goes on behind its end at byte {offset:,}; it is damaged, or several tars in one")
 
 
 def _fields(path: Path, members: list[_Member]) -> dict[str, Any]:
