@@ -472,6 +472,8 @@ def _settle_libraries() -> None:
         "ignore", category=FutureWarning, module=r"torch\.distributed"
     )  # of names that DeepSpeed uses
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that PEFT uses
+    # such a picture is refused, with the reason
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/accel")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it found none
     # threads of an operator that is done wait a moment and then sleep: spinning, which is the default, makes two

@@ -2,7 +2,7 @@
 
 import io
 import os
-import warnings
+import stat
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,12 +37,14 @@ def open_picture(picture: Picture) -> Image.Image:
 
     Of an animation the first frame is taken. The format is told from the content, not from the file's name; it is one
     of `FORMATS`. Raises `DataError` with the reason for what is empty, truncated, corrupt, no picture, of
-    floating-point pixels (whose range is unknown), or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    floating-point pixels (whose range is unknown), no plain file, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         image = _upright(picture if isinstance(picture, Image.Image) else _decode(picture))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"the picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large() from None
     except Image.UnidentifiedImageError:
         if _is_empty(picture):
             raise DataError(EMPTY_PICTURE) from None
@@ -63,13 +65,24 @@ def _is_empty(picture: Picture) -> bool:
 def _decode(picture: bytes | Path) -> Image.Image:
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without AVIF
-    with warnings.catch_warnings():
-        # Pillow only warns up to twice its limit.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=formats)
-        with opened as image:
-            image.load()
-            return image
+    if isinstance(picture, Path):
+        check_plain_file(picture)
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=formats) as image:
+        # Up to twice its limit Pillow only warns.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise _too_large()
+        image.load()
+        return image
+
+
+def _too_large() -> DataError:
+    return DataError(f"the picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+
+
+def check_plain_file(path: Path) -> None:
+    """Raises `DataError` for a directory and for what would be waited for without end, such as a named pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"no plain file: {path.name}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

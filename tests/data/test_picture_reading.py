@@ -1,4 +1,7 @@
 import io
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.features
@@ -97,12 +100,38 @@ def test_bad_pictures_are_refused_with_a_reason(content, reason):
 
 
 @pytest.mark.parametrize("side", [101, 200])  # Pillow itself only warns up to twice its limit
-def test_decompression_bombs_are_refused(side, monkeypatch, recwarn):
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(side, monkeypatch):
     content = to_bytes(Image.new("1", (side, side)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(DataError, match="more than 10,000 pixels"):
         open_picture(content)
-    assert not recwarn.list
+
+
+@pytest.fixture
+def _hasty_threads():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_hasty_threads")
+def test_threads_refuse_every_decompression_bomb(monkeypatch):
+    large, small = (to_bytes(Image.new("1", (side, side))) for side in (110, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+
+    def is_refused(content):
+        try:
+            open_picture(content)
+        except DataError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2000):
+            with warnings.catch_warnings(action="ignore"):
+                assert list(pool.map(is_refused, [small, large] * 4)) == [False, True] * 4
 
 
 def test_missing_files_are_refused(tmp_path):
