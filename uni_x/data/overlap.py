@@ -19,6 +19,7 @@ from uni_x.data.readers.lines import LINE_LIMIT, parse_json, parse_object, read_
 from uni_x.data.schema import IMAGE_PLACEHOLDER
 from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError, UsageError, one_line
+from uni_x.pictures import check_plain_file
 
 FIELDS = ("prompt", "question", "text", "caption")
 LONG_WORDS, LONG_CHARACTERS = 8, 16  # a Chinese or Japanese character counts as half a word
@@ -127,6 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".txt" and not path.name.startswith("."):
+            check_plain_file(path)
             yield path.name, {"text": decode_utf8(path.read_bytes(), path.name)}
 
 

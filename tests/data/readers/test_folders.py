@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from tests.data.readers.conftest import ANSWERED, ASKED, RED, make_picture, read, reasons, write_jsonl
+from uni_x.data.encode import encode
+from uni_x.data.readers import open_source
 from uni_x.data.schema import Rejection
 from uni_x.errors import DataError
 
@@ -186,6 +188,28 @@ def test_links_that_leave_the_folder_are_told_and_not_followed(tmp_path):
     assert reasons(rows) == {"b.png": f"{told}b.png", "d.png": f"{told}d.txt", "leaving": f"{told}leaving"}
     (tmp_path / "link").symlink_to(source)
     assert [row.id for row in read(tmp_path / "link")] == [row.id for row in rows]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes lie in folders there alone")
+def test_named_pipes_are_not_waited_for(tmp_path, image_tokenizer):
+    (folder := tmp_path / "pictures").mkdir()
+    (folder / "a.png").write_bytes(RED)
+    os.mkfifo(folder / "a.txt")
+    os.mkfifo(folder / "b.png")
+    (folder / "b.txt").write_text("b")
+    (folder / "c.png").write_bytes(RED)
+    os.mkfifo(folder / "c.json")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"image": "pictures/b.png", "text": "b"}])
+    for source, expected in (
+        (folder, {"a.png": "a.txt", "b.png": "b.png", "c.png": "c.json"}),
+        (rows, {"rows.jsonl:1": "b.png"}),
+    ):
+        out = tmp_path / f"out-{source.name}"
+        encode(open_source(str(source)), image_tokenizer, out, source="pictures")
+        rejects = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+        assert {each["id"]: each["reason"] for each in rejects} == {
+            name: f"no plain file: {pipe}" for name, pipe in expected.items()
+        }
 
 
 def test_json_is_a_source_of_its_own_unless_it_captions_pictures(tmp_path):

@@ -14,7 +14,7 @@ from uni_x.data.readers.parts import Resolve, reject_rest, to_unicode
 from uni_x.data.schema import Load, Part, Rejection, check_text
 from uni_x.data.utf8 import decode_utf8
 from uni_x.errors import DataError
-from uni_x.pictures import is_picture_name
+from uni_x.pictures import check_plain_file, is_picture_name
 
 TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")
 """Names of tables at the top of a folder of pictures."""
@@ -130,19 +130,20 @@ def _beside(folder: Path, root: Path, entry: _Entry) -> Mapping[str, Any]:
     if entry.caption is None:
         raise DataError(f"the caption is missing: {picture.stem}.txt")
     caption = folder / entry.caption
+    content = _read_caption(caption)
     if caption.suffix.lower() == ".json":
-        return {**parse_object(caption.read_bytes()), "images": [picture]}
-    return {"image": picture, "caption": _read_caption(caption)}
+        return {**parse_object(content), "images": [picture]}
+    text = decode_utf8(content, "caption").strip()
+    check_text(text, "caption")
+    return {"image": picture, "caption": text}
 
 
-def _read_caption(path: Path) -> str:
+def _read_caption(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        check_plain_file(path)
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"the caption cannot be read: {path.name} ({error.strerror})") from None
-    caption = decode_utf8(content, "caption").strip()
-    check_text(caption, "caption")
-    return caption
 
 
 def _jsonl_rows(path: Path, part: str, source: str, resolve: Resolve) -> Iterator[Load]:

@@ -51,10 +51,10 @@ class PictureFinder:
             raise DataError(
                 f"the picture is outside the folder of the file that names it (--pictures allows another): {shown}"
             )
-        found = next((path for path in inside if _is_file(path)), None)
-        if found is None:
+        there = [path for path in inside if _exists(path)]
+        if not there:
             raise DataError(f"the picture is missing: {shown}")
-        return found
+        return next((path for path in there if path.is_file()), there[0])
 
     def _is_inside(self, path: Path) -> bool:
         try:
@@ -64,9 +64,9 @@ class PictureFinder:
         return any(real.is_relative_to(folder) for folder in self._real_folders)
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
+        return path.exists()
     except (OSError, ValueError):  # a name too long, or with a zero byte
         return False
 
