@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         for piece in [body] if isinstance(body, str) else body:
-            self.wfile.write(piece.encode())
+            self.wfile.write(piece.encode() if isinstance(piece, str) else piece)
 
     def log_message(self, *words):
         pass

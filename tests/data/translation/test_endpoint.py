@@ -1,6 +1,8 @@
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 
 import pytest
 
@@ -19,6 +21,10 @@ KEY = "sk-very-secret-7351"
         (429, {}, ""),
         (500, {}, "<html>"),
         (503, {}, '{"error": {"message": "busy"}}'),
+        (500, {"Content-Type": "text/plain; charset=hex"}, "no"),
+        (500, {"Content-Type": "text/plain; charset=undefined"}, "no"),
+        (503, {"Retry-After": "Sat, 01 Jan 99999999999 00:00:00 GMT"}, ""),
+        (200, {"Content-Encoding": "br"}, "no"),
         (200, {}, "<html>sign in</html>"),
         (200, {}, "[]"),
         (200, {}, '{"choices": []}'),
@@ -76,6 +82,28 @@ def test_an_answer_that_comes_in_drops_times_out_too(server, options, texts_file
     assert (summary.translated, summary.spent.requests) == (1, 2)
 
 
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_answers_without_end_are_not_read_to_it(server, options, texts_file, tmp_path, status, compressed):
+    piece = " " * 2**20
+    headers = {"Connection": "close", **({"Content-Encoding": "gzip"} if compressed else {})}
+    sent = []
+
+    def endless():
+        packer = zlib.compressobj(wbits=31)
+        while len(sent) < 1000:
+            sent.append(piece)
+            yield packer.compress(piece.encode()) + packer.flush(zlib.Z_SYNC_FLUSH) if compressed else piece.encode()
+
+    server.reply = once((status, headers, endless()))
+    tracemalloc.start()
+    summary = translate(texts_file("One"), tmp_path / "out.jsonl", options())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (summary.translated, summary.spent.requests) == (1, 2)
+    assert peak < 300 * 2**20
+
+
 def test_the_server_s_retry_after_is_kept_in_place_of_the_own_wait(server, options, texts_file, tmp_path):
     opens = []
 
@@ -115,7 +143,7 @@ def test_reads_retry_after_as_seconds_or_date():
     assert retry_after("2.5", 0) == 2.5
     assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", 40) == 60
     assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", 1000) == 0
-    assert [retry_after(header, 0) for header in (None, "soon", "inf", "")] == [None] * 4
+    assert [retry_after(header, 0) for header in (None, "soon", "inf", "", "1 Jan 99999999999 00:00 GMT")] == [None] * 5
 
 
 def test_the_pace_is_even_and_stops_for_pauses():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import math
 import os
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "https://api.openai.com/v1"
 URL_VARIABLE = "OPENAI_BASE_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_ANSWER_BYTES = 16 * 2**20
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 3600.0  # seconds that a server may ask for
 
 _FOR_LATER = {408, 409, 425, 429}  # and 500 to 599
@@ -152,8 +154,9 @@ class ChatEndpoint:
         self._model = model
         self._pace = pace
         self._timeout = timeout
+        key = {"Authorization": f"Bearer {address.key}"} if address.key else {}
         self._client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {address.key}"} if address.key else {},
+            headers={"Accept-Encoding": "gzip", **key},
             timeout=timeout,
             limits=httpx2.Limits(max_connections=None),
             # A proxy of the environment has no business between this machine and itself.
@@ -187,23 +190,35 @@ class ChatEndpoint:
         usage.requests += 1
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._client.post(
-                    f"{self._address.url}/chat/completions", json={"model": self._model, "messages": messages}
-                )
+                response, content = await self._post(messages)
         except (TimeoutError, httpx2.TimeoutException):
             raise NoAnswerError(f"no answer within {self._timeout:g} seconds") from None
         except httpx2.HTTPError as error:
             reason = one_line(error)
             raise NoAnswerError(f"no connection to {self._address.url} ({reason})") from None
         if not response.is_success:
-            self._refuse(response, loop.time())
-        answer = _read_answer(response, usage)
+            self._refuse(response, content, loop.time())
+        answer = _read_answer(content, usage)
         self.answers += 1
         return answer
 
-    def _refuse(self, response: httpx2.Response, now: float) -> None:
+    async def _post(self, messages: list[dict[str, str]]) -> tuple[httpx2.Response, bytes]:
+        """What the server answers, of which no more than a little over `MAX_ANSWER_BYTES` is read."""
+        question = {"model": self._model, "messages": messages}
+        async with self._client.stream("POST", f"{self._address.url}/chat/completions", json=question) as response:
+            encoding = (response.headers.get("content-encoding") or "identity").lower()
+            if encoding not in ("identity", "gzip"):  # others may grow a millionfold
+                raise NoAnswerError(f"the answer is compressed as {encoding[:20]}, which was not asked for")
+            content = bytearray()
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MAX_ANSWER_BYTES:
+                    break
+            return response, bytes(content)
+
+    def _refuse(self, response: httpx2.Response, content: bytes, now: float) -> None:
         status = response.status_code
-        said = self._message(response)
+        said = self._message(content)
         if status in _FOR_THE_USER:
             mend = _FOR_THE_USER[status].format(key_variable=self._address.key_variable)
             raise RunError(f"{self._address.url} answers {status}: {mend}{said}")
@@ -218,11 +233,11 @@ class ChatEndpoint:
             self._pace.pause(now, max(pause, SHORTEST_PAUSE))
         raise NoAnswerError(f"the server answers {status}{said}", again, paused=pause is not None)
 
-    def _message(self, response: httpx2.Response) -> str:
+    def _message(self, content: bytes) -> str:
         """What the server says about an error, in one line and without the key."""
-        said: Any = response.text
+        said: Any = content.decode("utf-8", "replace")
         try:
-            body = response.json()
+            body = json.loads(content)
             error = body.get("error", body)
             said = error.get("message", said) if isinstance(error, dict) else error
         except (ValueError, AttributeError, RecursionError):
@@ -242,14 +257,16 @@ def retry_after(header: str | None, now: float) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _read_answer(response: httpx2.Response, usage: Usage) -> str:
+def _read_answer(content: bytes, usage: Usage) -> str:
+    if len(content) > MAX_ANSWER_BYTES:
+        raise NoAnswerError(f"the answer is larger than {MAX_ANSWER_BYTES // 2**20} MB")
     try:
-        body = response.json()
+        body = json.loads(content)
     except (ValueError, RecursionError):
         raise NoAnswerError("the answer is not JSON") from None
     if not isinstance(body, dict):
