@@ -5,18 +5,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from uni_x.data.check import Codes, check
+from uni_x.data.check import Codes, FolderChecks
 from uni_x.data.encode import encode
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.readers import open_source
 from uni_x.data.schema import Sample
-from uni_x.data.shards import EncodedSamples, parquet_schema
+from uni_x.data.shards import iterate_samples, parquet_schema
 from uni_x.errors import DataError, UsageError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import PatchNetwork, TokenizerConfig
 from uni_x.workflows.data import check_folders
 
 CODEBOOK_SIZE = 64
+
+
+def check(folder, **options):
+    return FolderChecks(**options).check(folder)
 
 
 @pytest.fixture
@@ -325,7 +329,7 @@ def test_a_folder_of_folders_and_a_shard_are_not_a_folder_of_shards(encoded):
     with pytest.raises(DataError, match=message):
         check(encoded.parent)
     with pytest.raises(DataError, match=message):  # training says the same
-        EncodedSamples(encoded.parent, CODEBOOK_SIZE)
+        list(iterate_samples(encoded.parent, CODEBOOK_SIZE))
     with pytest.raises(DataError, match=r"part-00000-00000.parquet: a file, not a folder of shards"):
         check(encoded / "part-00000-00000.parquet")
 

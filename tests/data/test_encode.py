@@ -21,7 +21,7 @@ from uni_x.data.encode import EncodeSummary, Share, encode, tokenizer_fingerprin
 from uni_x.data.prepare import Filters
 from uni_x.data.readers import open_source
 from uni_x.data.schema import CodeGrid, Message, Part, Rejection, SourceRow
-from uni_x.data.shards import EncodedSamples
+from uni_x.data.shards import iterate_samples
 from uni_x.errors import DataError, RunError
 from uni_x.images import ImageTokenizer
 from uni_x.pictures import FORMATS
@@ -70,7 +70,7 @@ def test_a_folder_becomes_shards_rejects_and_a_manifest(picture_folder, image_to
 
 def test_codes_are_those_of_the_tokenizer(picture_folder, image_tokenizer, tmp_path):
     encode_folder(picture_folder, image_tokenizer, tmp_path / "out", batch_size=3)
-    for sample in EncodedSamples(tmp_path / "out", image_tokenizer.codebook_size):
+    for sample in iterate_samples(tmp_path / "out", image_tokenizer.codebook_size):
         expected = image_tokenizer.encode([Image.open(picture_folder / sample.id)])
         (grid,) = sample.images
         assert grid.codes.tolist() == expected.flatten().tolist()
@@ -90,7 +90,7 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
     ]
     summary = encode([part_of(rows)], image_tokenizer, tmp_path, source="rows", batch_size=2)
     assert summary == EncodeSummary(read=7, written=3, rejected=4, finished=True)
-    samples = EncodedSamples(tmp_path, image_tokenizer.codebook_size)
+    samples = list(iterate_samples(tmp_path, image_tokenizer.codebook_size))
     assert [(sample.id, len(sample.images)) for sample in samples] == [("a", 2), ("b", 0), ("d", 1)]
     assert samples[0].messages == question
     no_picture = f"the file is no picture of a format that is read ({', '.join(FORMATS)})"
@@ -105,7 +105,7 @@ def test_rows_of_every_kind_keep_their_order(image_tokenizer, tmp_path):
 def test_a_source_of_rejects_alone_is_finished_too(image_tokenizer, tmp_path):
     rows = [SourceRow("a", (b"",), caption="x"), Rejection("b", "no")]
     assert encode([part_of(rows)], image_tokenizer, tmp_path, source="rows") == EncodeSummary(2, 0, 2, True)
-    assert len(EncodedSamples(tmp_path, image_tokenizer.codebook_size)) == 0
+    assert not list(iterate_samples(tmp_path, image_tokenizer.codebook_size))
 
 
 SLOW_ENCODE = """
@@ -141,7 +141,7 @@ def test_a_killed_run_carries_on_row_for_row(picture_folder, image_tokenizer, tm
     process.send_signal(signal.SIGKILL)
     process.wait()
     with pytest.raises(DataError, match="out: encoding has not finished"):
-        EncodedSamples(out, image_tokenizer.codebook_size)
+        list(iterate_samples(out, image_tokenizer.codebook_size))
     assert not json.loads((out / "manifest.json").read_text())["finished"]
     assert not (out / "part-00000-00004.parquet").exists()
     written_before = third.stat().st_mtime_ns
@@ -361,7 +361,7 @@ def test_ready_codes_are_taken_as_they_are(image_tokenizer, tmp_path):
     grids = [CodeGrid(codes(4), 2, 2), CodeGrid(codes(6), 2, 3), CodeGrid(codes(4, first=61), 2, 2)]
     rows = [SourceRow(str(number), (grid,), caption="codes") for number, grid in enumerate(grids)]
     encode([part_of(rows)], image_tokenizer, tmp_path, source="rows")
-    assert [sample.images[0].codes.tolist() for sample in EncodedSamples(tmp_path, 64)] == [[0, 1, 2, 3]]
+    assert [sample.images[0].codes.tolist() for sample in iterate_samples(tmp_path, 64)] == [[0, 1, 2, 3]]
     assert [json.loads(line)["reason"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()] == [
         "images[0]: 2 x 3 codes, this image tokenizer's pictures have 2 x 2",
         "images[0].codes: code 64 is not in a codebook of 64",

@@ -9,7 +9,7 @@ import pytest
 
 import uni_x
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
-from uni_x.data.shards import EncodedSamples, parquet_schema, shard_to_bytes
+from uni_x.data.shards import iterate_samples, parquet_schema, shard_to_bytes
 from uni_x.errors import DataError
 
 IMAGE = CodeGrid(np.array([0, 1, 2, 63], dtype=np.uint16), height=2, width=2)
@@ -73,7 +73,7 @@ def test_shards_give_samples_back(tmp_path, codebook_size, dtype):
     path = tmp_path / "part-00000.parquet"
     path.write_bytes(shard_to_bytes(written, codebook_size))
 
-    read = EncodedSamples(tmp_path, codebook_size)
+    read = list(iterate_samples(tmp_path, codebook_size))
 
     assert pq.read_schema(path).equals(parquet_schema(codebook_size))
     assert [(sample.id, sample.caption, sample.messages, sample.text, sample.source) for sample in read[:]] == [
@@ -89,16 +89,14 @@ def test_shards_give_samples_back(tmp_path, codebook_size, dtype):
 
 
 def test_samples_of_many_shards_are_numbered_through(encoded_folder, samples):
-    read = EncodedSamples(encoded_folder(samples), 64)
+    read = list(iterate_samples(encoded_folder(samples), 64))
     assert [sample.id for sample in read] == [sample.id for sample in samples]
-    with pytest.raises(IndexError):
-        read[len(samples)]
 
 
 def test_shards_of_other_writers_are_read(tmp_path):
     pandas_like = {"id": ["a"], "images": [[{"codes": [1, 2], "height": 1, "width": 2}]], "caption": ["a heart"]}
     pq.write_table(pa.table(pandas_like), tmp_path / "own.parquet")
-    grid = EncodedSamples(tmp_path / "own.parquet", 64)[0].images[0]
+    grid = next(iterate_samples(tmp_path / "own.parquet", 64)).images[0]
     assert (grid.codes.tolist(), grid.height, grid.width, grid.pixel_height) == ([1, 2], 1, 2, None)
 
 
@@ -107,29 +105,29 @@ def test_damaged_and_foreign_shards_are_refused(tmp_path):
     half = tmp_path / "half.parquet"
     half.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"half\.parquet: not a whole Parquet file"):
-        EncodedSamples(half, 64)
+        list(iterate_samples(half, 64))
 
     whole = tmp_path / "whole.parquet"
     whole.write_bytes(content)
     with pytest.raises(
         DataError, match=r"whole\.parquet: sample 'first', images\.codes: code 63 is not in a codebook of 60"
     ):
-        EncodedSamples(whole, 60)
+        list(iterate_samples(whole, 60))
 
     wrong_grid = Sample("third", (CodeGrid(IMAGE.codes, 2, 3),), caption="c")
     whole.write_bytes(shard_to_bytes([Sample("first", (IMAGE,), caption="a"), wrong_grid], 64))
     with pytest.raises(DataError, match=r"sample 'third', images\.codes: 4 codes do not fill a grid of 2 x 3"):
-        EncodedSamples(whole, 64)
+        list(iterate_samples(whole, 64))
 
     pq.write_table(pq.read_table(whole).drop_columns("images"), whole)
     with pytest.raises(DataError, match="the column 'images' is missing"):
-        EncodedSamples(whole, 64)
+        list(iterate_samples(whole, 64))
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no Parquet shards"):
-        EncodedSamples(tmp_path / "empty", 64)
+        list(iterate_samples(tmp_path / "empty", 64))
     with pytest.raises(DataError, match="no such file"):
-        EncodedSamples(tmp_path / "nowhere", 64)
+        list(iterate_samples(tmp_path / "nowhere", 64))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_gaps_in_foreign_shards_are_named(tmp_path, change, message):
     columns = {"id": ["a"], "images": [[{"codes": [0, 1, 2, 3], "height": 2, "width": 2}]]} | change
     pq.write_table(pa.table(columns), tmp_path / "one.parquet")
     with pytest.raises(DataError, match=message):
-        EncodedSamples(tmp_path, 64)
+        list(iterate_samples(tmp_path, 64))
 
 
 def test_the_modules_import_neither_torch_nor_transformers():

@@ -1,6 +1,6 @@
 """Goes through folders of Parquet shards and tells what is wrong with them, sample by sample.
 
-What `EncodedSamples` refuses at its first fault is gone through to the end here, a few hundred rows at a time: a fault
+What training refuses at its first fault is gone through to the end here, a few hundred rows at a time: a fault
 is a finding, and so is a shard that cannot be read.
 """
 
@@ -103,17 +103,6 @@ class CheckReport:
     def ok(self) -> bool:
         """Whether no error was found; remarks there may be."""
         return not any(finding.is_error for finding in self.findings)
-
-
-def check(
-    folder: Path,
-    *,
-    codes: Codes | None = None,
-    benchmarks: Sequence[Path] = (),
-    limit: int = 20,
-) -> CheckReport:
-    """Goes through every sample of one folder; see `FolderChecks`."""
-    return FolderChecks(codes=codes, benchmarks=benchmarks, limit=limit).check(folder)
 
 
 class FolderChecks:

@@ -8,12 +8,11 @@ of more than 65,536 codes.
 import bisect
 import contextlib
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,44 +72,12 @@ def no_shards(folder: Path) -> DataError:
 def iterate_samples(path: str | Path, codebook_size: int) -> Iterator[Sample]:
     """The samples of a folder of Parquet shards, or of one shard, of which one at a time is in memory.
 
-    Raises `DataError` as `EncodedSamples` does.
+    Raises `DataError` that names the file, and the sample where one is at fault. A folder whose manifest says that
+    encoding has not finished is refused.
     """
     for file in _finished_shards(Path(path)):
         shard = _Shard(file, codebook_size)
         yield from (shard.sample(row) for row in range(len(shard)))
-
-
-class EncodedSamples(Sequence[Sample]):
-    """The samples of a folder of Parquet shards, or of one shard, in memory; a sample is made when it is asked for.
-
-    The codes stay in Arrow's buffers, of which each `CodeGrid` is a view.
-    """
-
-    def __init__(self, path: str | Path, codebook_size: int):
-        """Reads every shard and checks its columns and codes.
-
-        Raises `DataError` that names the file, and the sample where one is at fault. A folder whose manifest says that
-        encoding has not finished is refused.
-        """
-        self._shards = [_Shard(shard, codebook_size) for shard in _finished_shards(Path(path))]
-        self._starts = list(itertools.accumulate((len(shard) for shard in self._shards), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"no sample {index} among {len(self)}")
-        shard = bisect.bisect_right(self._starts, index) - 1
-        return self._shards[shard].sample(index - self._starts[shard])
 
 
 class ShuffledShards:
