@@ -88,16 +88,6 @@ def test_words_that_yaml_reads_otherwise(make_recipe: Any) -> None:
         training_arguments(make_recipe("run", {"keep_checkpoint": True}, save_strategy="no"))
 
 
-def test_weights_and_biases_without_a_login(make_recipe: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(RecipeError, match=r"trainer\.report_to: .* run `wandb login`, set WANDB_MODE=offline"):
-        training_arguments(make_recipe("run", report_to="wandb"))
-
-
 def test_names_of_folders_tell_them_apart(tmp_path: Path) -> None:
     a, b, c = (str(tmp_path / name) for name in ("a/train", "b/train", "c"))
     assert names_of_folders([c]) == ["c"]

@@ -134,8 +134,6 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
     missing = set(arguments.report_to or ()) - set(get_available_reporting_integrations())
     if missing:
         raise RecipeError(f"trainer.report_to: {min(missing)} is not installed, or is no reporter (extra: logging)")
-    if "wandb" in (arguments.report_to or ()):
-        _check_wandb()
     _check_engine(recipe, arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
     return arguments
@@ -155,19 +153,6 @@ def _check_saving(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
         )
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in METRICS:
         raise RecipeError(f"trainer.metric_for_best_model: '{metric}' is none of {', '.join(METRICS)}")
-
-
-def _check_wandb() -> None:
-    """Raises `RecipeError` where Weights & Biases would ask who you are, once training is about to begin."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return
-    import wandb
-
-    if not wandb.api.api_key:
-        raise RecipeError(
-            "trainer.report_to: Weights & Biases does not know you yet; run `wandb login`, set WANDB_MODE=offline, or "
-            "take another reporter (trainer.report_to=tensorboard, or none)"
-        )
 
 
 def _validation_arguments(recipe: TrainRecipe) -> dict[str, Any]:

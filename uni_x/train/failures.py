@@ -45,7 +45,14 @@ def _translated() -> Iterator[None]:
         raise RecipeError(f"trainer.deepspeed: {one_line(error)}") from None
     except ImportError as error:
         raise RecipeError(f"trainer: {one_line(error)}") from None
-    except RuntimeError as error:
+    except Exception as error:
+        if type(error).__module__.startswith("wandb."):
+            raise RecipeError(
+                f"trainer.report_to: wandb: {one_line(error).rstrip('.')}; or set WANDB_MODE=offline, or take another "
+                "reporter (trainer.report_to=tensorboard, or none)"
+            ) from None
+        if not isinstance(error, RuntimeError):
+            raise
         if "DataLoader worker" in str(error):
             raise _worker_died() from None
         if any(words in str(error) for words in CUT_OFF):
