@@ -17,6 +17,8 @@ from uni_x.errors import RecipeError, one_line
 from uni_x.recipe import TrainRecipe
 from uni_x.recipe_problems import in_words
 
+UNDIVIDED = "sequences and matrices cannot be divided over processes here; docs/scaling.md says why"
+
 # arguments that a recipe does not set, and what does in their place
 OWN_ARGUMENTS = {
     "output_dir": "run says where everything goes",
@@ -54,7 +56,7 @@ OWN_ARGUMENTS = {
     ),
     "auto_find_batch_size": "a run keeps the batches that it began with, which per_device_train_batch_size sizes",
     "neftune_noise_alpha": "there is no such noise here",
-    "parallelism_config": "sequences and matrices cannot be divided over processes here; docs/scaling.md says why",
+    "parallelism_config": UNDIVIDED,
     "optim_target_modules": "trainable and optimizer say what is trained, and how",
     "eval_steps": "validation.every says it",
 }
@@ -177,7 +179,7 @@ def _check_engine(recipe: TrainRecipe, arguments: TrainingArguments) -> None:
         if recipe.optimizer.name == "muon":
             raise RecipeError("optimizer.name: muon needs whole matrices, which ZeRO takes apart; use adamw, or DDP")
     if any(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) > 1 for kind in ("CP", "SP", "TP")):
-        raise RecipeError("sequences and matrices cannot be divided over processes here; docs/scaling.md says why")
+        raise RecipeError(UNDIVIDED)
     if _by_fsdp(arguments):
         if arguments.use_cpu:
             raise RecipeError(

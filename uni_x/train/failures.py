@@ -27,7 +27,7 @@ def told_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """What loader workers raise, or that one is gone, and that another process is gone."""
+    """What loader workers, DeepSpeed, Weights & Biases and missing packages raise; that another process is gone."""
     try:
         yield
     except DataError as error:
@@ -45,14 +45,7 @@ def _translated() -> Iterator[None]:
         raise RecipeError(f"trainer.deepspeed: {one_line(error)}") from None
     except ImportError as error:
         raise RecipeError(f"trainer: {one_line(error)}") from None
-    except Exception as error:
-        if type(error).__module__.startswith("wandb."):
-            raise RecipeError(
-                f"trainer.report_to: wandb: {one_line(error).rstrip('.')}; or set WANDB_MODE=offline, or take another "
-                "reporter (trainer.report_to=tensorboard, or none)"
-            ) from None
-        if not isinstance(error, RuntimeError):
-            raise
+    except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise _worker_died() from None
         if any(words in str(error) for words in CUT_OFF):
@@ -61,6 +54,13 @@ def _translated() -> Iterator[None]:
                 "the same command again to go on from the last checkpoint"
             ) from None
         raise
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise RecipeError(
+            f"trainer.report_to: wandb: {one_line(error).rstrip('.')}; or set WANDB_MODE=offline, or take another "
+            "reporter (trainer.report_to=tensorboard, or none)"
+        ) from None
 
 
 def _comes_from(error: Exception, *files: str, folder: str = "") -> bool:
