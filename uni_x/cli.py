@@ -439,6 +439,8 @@ def main() -> None:
             time.sleep(FIRST_SAY_SECONDS)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except SystemExit as exit_:
+        if exit_.code in (None, 0, STOPPED):  # in all processes alike
+            launch.leave()
         if exit_.code == STOPPED and rank == 0:
             again = " Run the same command again to go on." if _goes_on else ""
             typer.echo(f"Stopped.{again}", err=True)

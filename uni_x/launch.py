@@ -5,6 +5,7 @@ Raises `UsageError` for variables of the environment that a launcher cannot have
 
 import os
 import socket
+import sys
 
 from uni_x.errors import UsageError
 
@@ -37,6 +38,16 @@ def _number(variable: str, default: int, least: int = 0) -> int:
 def is_first_of_machine() -> bool:
     """Whether this is the first process of its machine."""
     return local_rank() == 0
+
+
+def leave() -> None:
+    """Ends the process group, where there is one, before Python ends.
+
+    A thread of gloo that then still lets go of a tensor aborts the process, and a launcher takes that for a failure.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def settle_for_one() -> None:

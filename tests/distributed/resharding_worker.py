@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.worker import LEARNING_RATE, batches, make_model, targets
+from tests.distributed.worker import LEARNING_RATE, batches, leave, make_model, targets
 from uni_x.train.optimizers import MuonWithAdamW
 
 
@@ -54,7 +54,7 @@ def main(optimizer_name: str, folder: Path, first: int, last: int) -> None:
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / str(last))
     if rank == 0:
         print(json.dumps(losses))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from tests.distributed.worker import CODES, MARKER, TEXT, make_model
+from tests.distributed.worker import CODES, MARKER, TEXT, leave, make_model
 
 STEPS, LENGTH = 10, 24
 
@@ -93,3 +93,4 @@ def main(engine: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()
