@@ -300,7 +300,7 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
     assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
 
     for words, message in (
-        ([*init, "--plan", "shared", "--out", made], "is there already"),
+        ([*init, "--plan", "shared", "--out", made], f"{made}: holds other things, such as "),
         ([*init, "--plan", "unix(1, 1)", "--out", tmp_path / "new"], "the nearest known one is 'uni-x'"),
         ([*init, "--plan", "uni-x(2, 2)", "--out", tmp_path / "new"], "do not fit into 3"),
         ([*init, "--plan", "absent.yaml", "--out", tmp_path / "new"], "absent.yaml: cannot be read"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -142,7 +143,8 @@ def test_another_recipe_does_not_take_over_a_run(finished, pictures):
         train_tokenizer(recipe(seed=1), pictures, finished.folder)
 
 
-def test_a_broken_checkpoint_is_one_error(pictures, tmp_path):
+def test_a_broken_checkpoint_is_one_error(finished, pictures, tmp_path):
+    shutil.copy(finished.folder / "recipe.yaml", tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(RunError, match=r"checkpoint\.pt: not a readable checkpoint"):
         train_tokenizer(recipe(), pictures, tmp_path)

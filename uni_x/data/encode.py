@@ -32,7 +32,7 @@ from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, check_name, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import ProcessError, RunError
-from uni_x.runs import remove_leftovers, write_atomically, writing_into
+from uni_x.runs import refuse_to_overwrite, remove_leftovers, write_atomically, writing_into
 
 if TYPE_CHECKING:
     import torch
@@ -108,9 +108,9 @@ def encode(
         share: which of several processes this is.
         progress: called with this process's totals so far after each batch and each shard that was there already.
 
-    On finished work it returns at once. Raises `RunError` where the folder was made with other tokenizers, another
-    source, filter or shard size, where the source's files or rows have changed since, and where the folder cannot be
-    written.
+    On finished work it returns at once. Raises `RunError` where the folder holds other things, or was made with other
+    tokenizers, another source, filter or shard size, where the source's files or rows have changed since, and where the
+    folder cannot be written.
     """
     out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
@@ -161,16 +161,14 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     path = out_dir / MANIFEST
     with writing_into(out_dir):
         if not path.exists():
-            # another process may have begun in this very moment
-            if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
-                raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
+            refuse_to_overwrite(out_dir, MANIFEST)
             out_dir.mkdir(parents=True, exist_ok=True)
             _write_json(path, {**manifest, "finished": False})
             return None
         remove_leftovers(out_dir)
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
-        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
+        raise RunError(f"{path}: not a manifest of `uni-x encode`; choose another folder")
     _check_made_alike(out_dir, found, manifest)
     return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
