@@ -24,6 +24,7 @@ from uni_x.model_folder import (
 )
 from uni_x.recipe import RenderOptions
 from uni_x.runs import refuse_to_overwrite
+from uni_x.strict_yaml import load_yaml
 
 REFERENCE, BASE = "reference", "base"
 
@@ -154,7 +155,7 @@ def _read_plan(plan: str) -> dict[str, Any]:
         preset, arguments = read_preset(plan)
         return {"preset": preset, "preset_arguments": arguments}
     try:
-        tree = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
+        tree = load_yaml(Path(plan).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{plan}: cannot be read ({one_line(error)})") from None
     entries = tree.get("plan") if isinstance(tree, dict) else tree
