@@ -452,6 +452,12 @@ class TrainRecipe(Section):
     device: str = "auto"
     seed: Seed = 0
 
+    @property
+    def folders(self) -> list[str]:
+        """What is trained on, and what is held out."""
+        held_out = [] if self.validation is None else self.validation.sources
+        return [*(source.path for source in self.data.sources), *held_out]
+
     @model_validator(mode="after")
     def _keys_that_would_be_ignored(self) -> "TrainRecipe":
         if self.model.base is not None:
