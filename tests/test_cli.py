@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import RunCommand
+from uni_x import cli
 from uni_x.data.text_tokenizer import train_text_tokenizer
 from uni_x.errors import RunError
 from uni_x.model import UniXForCausalLM
@@ -161,6 +163,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     words += ["training.steps=40", "training.continuous_steps=10"]
     code, out, err = uni_x(*words)
     assert code == 0, err
+    assert err.splitlines()[-1].startswith("tokenizer 40 of 40 ")
     assert "PSNR" in out
     assert (tokenizer / "reconstructions.png").is_file()
 
@@ -264,17 +267,41 @@ def test_a_stopped_tokenizer_goes_on_where_it_was(pictures: Path, tmp_path: Path
         "tokenizer: {resolution: 32, codebook_size: 16, network: {kind: patch, patch_size: 8, embed_dim: 8}}\n"
     )
     command = [sys.executable, "-m", "uni_x", "tokenizer", "train", tmp_path / "recipe.yaml", "--out", tmp_path / "out"]
-    steps = []
+    left_out = [f"left out: {pictures / f'{number}.heic'} (the file is no picture of a format" for number in range(5)]
+    left_out += ["left out: 3 more pictures that cannot be read (.heic, .jpg)"]
+    steps, stops = [], []
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         steps.append(int(process.stderr.readline().split()[1]))  # tokenizer 1 of 1000000
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, err.splitlines()[-1]) == (130, "Stopped. Run the same command again to go on.")
-        assert out.splitlines()[0].startswith(f"left out: {pictures / '0.heic'} (the file is no picture of a format")
-        assert out.splitlines()[5:] == ["left out: 3 more pictures that cannot be read (.heic, .jpg)"]
+        stop = re.fullmatch(
+            rf"Stopped (after step (\d+) of 1000000, which {tmp_path}/out/checkpoint\.pt holds)\. "
+            r"Run the same command again to go on\.",
+            err.splitlines()[-1],
+        )
+        assert stop is not None, err
+        stops.append(stop)
+        assert process.returncode == 130
+        assert [line[: len(said)] for line, said in zip(out.splitlines(), left_out, strict=True)] == left_out
     assert 1 == steps[0] < steps[1] < 200  # before any checkpoint was due
+    assert int(stops[0][2]) == steps[1] - 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert [log.count(said) for said in (*left_out, *(f"stopped {stop[1]}" for stop in stops))] == [2] * 6 + [1] * 2
+
+
+def test_plain_lines_of_progress_are_frequent_at_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    with cli._progress() as report:
+        for now in range(100):
+            report("train", now, 99)
+        report("train", 99, 99)
+    steps = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines()]
+    assert steps == [0, 2, 6, 14, 30, 60, 90, 99]
 
 
 def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path: Path) -> None:

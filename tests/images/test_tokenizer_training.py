@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -82,6 +83,10 @@ def test_a_run_leaves_its_recipe_tokenizer_figures_and_a_picture(finished):
     assert names == {".lock", "log.txt", "recipe.yaml", "tokenizer", "results.json", "reconstructions.png"}
     assert check_recipe(yaml.safe_load((finished.folder / "recipe.yaml").read_text()), TokenizerRecipe, "") == recipe()
     assert json.loads((finished.folder / "results.json").read_text()) == finished.results
+    log = (finished.folder / "log.txt").read_text()
+    assert re.findall(r"step (\d+) of 100: loss 0\.\d{4}\n", log) == [str(step) for step in range(5, 101, 5)]
+    quality = finished.results["quality"]
+    assert f"PSNR {quality['psnr_db']} dB, SSIM {quality['ssim']}, codes used 10\n" in log
     with Image.open(finished.folder / "reconstructions.png") as sheet:
         assert sheet.width == 8 * 36 + 4
 
