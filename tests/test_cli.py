@@ -183,7 +183,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     wrong = [words if not words.startswith("image_tokenizer=") else "image_tokenizer=scenes" for words in train[2:]]
     code, _, err = uni_x(*train[:2], *wrong)
     assert code == 1
-    assert "was encoded with another image tokenizer" in err
+    assert f"{data}: was encoded with another image tokenizer ({tokenizer / 'tokenizer'}) than scenes; encode it" in err
     code, out, err = uni_x(*train)
     assert code == 0, err
     assert isinstance(AutoModelForCausalLM.from_pretrained(run / "model").config.plan, list)

@@ -64,6 +64,7 @@ def test_a_folder_becomes_shards_rejects_and_a_manifest(picture_folder, image_to
     assert manifest["finished"]
     assert manifest["source"] == str(picture_folder)
     assert manifest["tokenizer"] == tokenizer_fingerprint(image_tokenizer)
+    assert manifest["image_tokenizer"] is None  # made in memory
     assert manifest["counts"] == {"read": 20, "written": 18, "rejected": 2}
     assert not list(out.glob(".*"))
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from uni_x.data.inventory import Inventory
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
+from uni_x.data.readers.parts import to_unicode
 from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 PREPARING_THREADS = 4
 _FORMAT = 2
 _RECORD_KEY = b"uni_x.shard"
+_NOT_COMPARED = ("inventory", "image_tokenizer")  # as they are; a tokenizer may have been moved
 _PARTS_A_PROCESS = 4  # where there are as many, a process takes whole parts, and reads no other
 
 
@@ -117,6 +119,7 @@ def encode(
         "format": _FORMAT,
         "source": source,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "image_tokenizer": _name_of(tokenizer),
         "codebook_size": tokenizer.codebook_size,
         "shard_size": shard_size,
         "filters": asdict(filters),
@@ -149,6 +152,18 @@ def read_fingerprint(folder: str | Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
+def tokenizer_in_brackets(folder: str | Path) -> str:
+    """The image tokenizer that a folder was encoded with, as ` (its folder)`; empty where it does not say."""
+    name = (read_manifest(Path(folder) / MANIFEST) or {}).get("image_tokenizer")
+    return f" ({name})" if isinstance(name, str) else ""
+
+
+def _name_of(tokenizer: ImageTokenizer) -> str | None:
+    """The same from wherever it is named."""
+    name = tokenizer.name_or_path
+    return name if name is None or name == "scenes" else to_unicode(os.path.realpath(name))
+
+
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
@@ -177,7 +192,7 @@ def _check_made_alike(out_dir: Path, found: dict[str, Any], manifest: dict[str, 
     """Raises `RunError` where an earlier run, by the manifest that was found, would have made something else."""
     mend = "choose another folder, or delete this one to encode again"
     for key, value in manifest.items():
-        if key != "inventory" and not _is_alike(key, found.get(key), value):
+        if key not in _NOT_COMPARED and not _is_alike(key, found.get(key), value):
             was, now = (_shown(key, each) for each in (found.get(key), value))
             raise RunError(f"{out_dir}: made with another {key.replace('_', ' ')} ({was}, now {now}); {mend}")
     if "inventory" in found and "inventory" in manifest:  # manifests of earlier versions have none

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from uni_x.data.collate import Collator
 from uni_x.data.dataset import Batch, Source, TrainingStream, held_out_batches, start_positions
-from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint, tokenizer_in_brackets
 from uni_x.data.render import Renderer, Vocabulary
 from uni_x.errors import DataError
 from uni_x.images import ImageTokenizer
@@ -98,8 +98,9 @@ def check_codes_are_of(tokenizer: ImageTokenizer, folders: Iterable[str | Path])
         theirs = read_fingerprint(folder)
         if theirs is not None and theirs != ours:
             raise DataError(
-                f"{folder}: was encoded with another image tokenizer than {name}; encode it with this one (uni-x "
-                f"encode --image-tokenizer {name}), or name that one, or a model of it, in place of this one"
+                f"{folder}: was encoded with another image tokenizer{tokenizer_in_brackets(folder)} than {name}; "
+                f"encode it with this one (uni-x encode --image-tokenizer {name}), or name that one, or a model of it, "
+                "in place of this one"
             )
 
 
