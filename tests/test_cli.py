@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import RunCommand
+from uni_x import cli
 from uni_x.data.text_tokenizer import train_text_tokenizer
 from uni_x.errors import RunError
 from uni_x.model import UniXForCausalLM
@@ -161,6 +163,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     words += ["training.steps=40", "training.continuous_steps=10"]
     code, out, err = uni_x(*words)
     assert code == 0, err
+    assert err.splitlines()[-1].startswith("tokenizer 40 of 40 ")
     assert "PSNR" in out
     assert (tokenizer / "reconstructions.png").is_file()
 
@@ -180,7 +183,7 @@ def test_a_folder_of_pictures_becomes_a_model_that_draws(uni_x: RunCommand, pict
     wrong = [words if not words.startswith("image_tokenizer=") else "image_tokenizer=scenes" for words in train[2:]]
     code, _, err = uni_x(*train[:2], *wrong)
     assert code == 1
-    assert "was encoded with another image tokenizer" in err
+    assert f"{data}: was encoded with another image tokenizer ({tokenizer / 'tokenizer'}) than scenes; encode it" in err
     code, out, err = uni_x(*train)
     assert code == 0, err
     assert isinstance(AutoModelForCausalLM.from_pretrained(run / "model").config.plan, list)
@@ -264,17 +267,41 @@ def test_a_stopped_tokenizer_goes_on_where_it_was(pictures: Path, tmp_path: Path
         "tokenizer: {resolution: 32, codebook_size: 16, network: {kind: patch, patch_size: 8, embed_dim: 8}}\n"
     )
     command = [sys.executable, "-m", "uni_x", "tokenizer", "train", tmp_path / "recipe.yaml", "--out", tmp_path / "out"]
-    steps = []
+    left_out = [f"left out: {pictures / f'{number}.heic'} (the file is no picture of a format" for number in range(5)]
+    left_out += ["left out: 3 more pictures that cannot be read (.heic, .jpg)"]
+    steps, stops = [], []
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         steps.append(int(process.stderr.readline().split()[1]))  # tokenizer 1 of 1000000
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, err.splitlines()[-1]) == (130, "Stopped. Run the same command again to go on.")
-        assert out.splitlines()[0].startswith(f"left out: {pictures / '0.heic'} (the file is no picture of a format")
-        assert out.splitlines()[5:] == ["left out: 3 more pictures that cannot be read (.heic, .jpg)"]
+        stop = re.fullmatch(
+            rf"Stopped (after step (\d+) of 1000000, which {tmp_path}/out/checkpoint\.pt holds)\. "
+            r"Run the same command again to go on\.",
+            err.splitlines()[-1],
+        )
+        assert stop is not None, err
+        stops.append(stop)
+        assert process.returncode == 130
+        assert [line[: len(said)] for line, said in zip(out.splitlines(), left_out, strict=True)] == left_out
     assert 1 == steps[0] < steps[1] < 200  # before any checkpoint was due
+    assert int(stops[0][2]) == steps[1] - 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert [log.count(said) for said in (*left_out, *(f"stopped {stop[1]}" for stop in stops))] == [2] * 6 + [1] * 2
+
+
+def test_plain_lines_of_progress_are_frequent_at_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    with cli._progress() as report:
+        for now in range(100):
+            report("train", now, 99)
+        report("train", 99, 99)
+    steps = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines()]
+    assert steps == [0, 2, 6, 14, 30, 60, 90, 99]
 
 
 def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path: Path) -> None:
@@ -300,7 +327,7 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
     assert all(torch.equal(ours[name], weight) for name, weight in plain.items())
 
     for words, message in (
-        ([*init, "--plan", "shared", "--out", made], "is there already"),
+        ([*init, "--plan", "shared", "--out", made], f"{made}: holds other things, such as "),
         ([*init, "--plan", "unix(1, 1)", "--out", tmp_path / "new"], "the nearest known one is 'uni-x'"),
         ([*init, "--plan", "uni-x(2, 2)", "--out", tmp_path / "new"], "do not fit into 3"),
         ([*init, "--plan", "absent.yaml", "--out", tmp_path / "new"], "absent.yaml: cannot be read"),
@@ -407,7 +434,14 @@ LONG_NAME = "n" * 300
         (RECIPE, ["trainable=image"], "trainable: a list is needed, as [a, b] or one line with a dash for each (got"),
         (RECIPE, ["data.sources=[]"], "data.sources: it has 0 entries, at least 1 must be there"),
         (RECIPE, ["lora.target_modules=3"], "'lora.target_modules=3': lora.target_modules: a list is needed"),
-        (RECIPE, ["data.render=chatml"], "data.render: a section of keys is needed (got 'chatml')"),
+        (
+            RECIPE,
+            ["text_tokenizer=folder"],
+            "text_tokenizer: a section of keys is needed (got 'folder'); its keys are path, vocab_size\n",
+        ),
+        (RECIPE, ["data.sources=[folder]"], "a section of keys is needed (got 'folder'); its keys are path, weight, "),
+        (RECIPE, ["trainer=3"], "trainer: a section of keys is needed (got 3)\n"),
+        (RECIPE, ["data.render.vis_sep=eol"], "a section of keys is needed (got 'eol'); its keys are every, token\n"),
         (RECIPE, ["data.packing=best"], "data.packing: it must be 'none', 'pretrain' or 'sft' (got 'best')"),
         (RECIPE, ["data.max_length="], "data.max_length: a whole number is needed (got nothing)"),
         (RECIPE, ['image_tokenizer="a\\0b"'], "a\0b: no such folder"),

@@ -14,6 +14,7 @@ from uni_x.errors import RecipeError
 from uni_x.images import ImageTokenizer
 from uni_x.model_folder import load_model_folder
 from uni_x.recipe import TokenizerRecipe, TrainRecipe, load_recipe
+from uni_x.strict_yaml import load_yaml
 from uni_x.train.run import check_before, train
 from uni_x.workflows.convert import init
 from uni_x.workflows.quickstart import load_quickstart_recipe
@@ -103,3 +104,34 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
     assert recipe.model.z_loss == 1e-4
     with pytest.raises(RecipeError, match=r"data\.max_length is not a section"):
         load_recipe(file, TrainRecipe, ["data.max_length=32", "data.max_length.x=1"])
+
+
+MERGED = """
+sizes: &sizes {hidden_size: 8, num_hidden_layers: 2}
+named: {own: &own {<<: *sizes, hidden_size: 16}}
+more: {<<: *own, num_hidden_layers: 3}
+"""
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data:\n  sources: [{path: a}]\n  max_length: 8\nseed: 1\ndata:\n  sources: [{path: b}]\n")
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml: not valid YAML \(the key 'data' stands twice, in lines 1 and 5"
+    ):
+        load_recipe(file, TrainRecipe)
+    file.write_text("data: {sources: [{path: a, path: b}]}")
+    with pytest.raises(RecipeError, match=r"the key 'path' stands twice, in line 1; keep one of them"):
+        load_recipe(file, TrainRecipe)
+    file.write_text("data: {sources: [{path: a}]}")
+    with pytest.raises(RecipeError, match=r"'seed=\[': the value is not valid YAML \(expected the node content"):
+        load_recipe(file, TrainRecipe, ["seed=["])
+    with pytest.raises(RecipeError, match=r"'model={z_loss: 1, z_loss: 2}': .* \(the key 'z_loss' stands twice"):
+        load_recipe(file, TrainRecipe, ["model={z_loss: 1, z_loss: 2}"])
+    file.write_text("- {layers: 0,\n   ffn: separate,\n   ffn: shared}")
+    with pytest.raises(RecipeError, match=r"the key 'ffn' stands twice, in lines 2 and 3"):
+        init("absent", "scenes", str(file), tmp_path / "out")
+
+
+def test_merged_keys_may_be_given_anew() -> None:
+    assert load_yaml(MERGED) == yaml.safe_load(MERGED)

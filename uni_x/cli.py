@@ -36,8 +36,8 @@ app.add_typer(data_app, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: key=value or section.key=value.")]
 Device = Annotated[str, typer.Option(help="cuda, mps, cpu, or auto for the best there is.")]
 
-PLAIN_LINE_SECONDS = 30
-_goes_on = False  # whether the verb carries on where it stopped, when it is run again
+PLAIN_LINE_SECONDS = 30  # between two plain lines of progress; the first ones come sooner
+_stopped = "Stopped."  # what is said after Ctrl-C
 FIRST_SAY_SECONDS = 5  # a launcher ends all processes once one has ended, before the first one may have told why
 STOPPED = 130  # exit code that typer gives a command that Ctrl-C ended
 
@@ -442,8 +442,7 @@ def main() -> None:
         if exit_.code in (None, 0, STOPPED):  # in all processes alike
             launch.leave()
         if exit_.code == STOPPED and rank == 0:
-            again = " Run the same command again to go on." if _goes_on else ""
-            typer.echo(f"Stopped.{again}", err=True)
+            typer.echo(_stopped, err=True)
         raise
 
 
@@ -487,7 +486,7 @@ def _settle_libraries() -> None:
 def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     """A progress line a stage, with rate and time left; where there is no terminal, a plain line now and then.
 
-    Of processes that were started together the first one shows it.
+    Of processes that were started together the first one shows it. A `KeyboardInterrupt` may say where it has left off.
     """
     from rich.console import Console
     from rich.progress import (
@@ -499,8 +498,9 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         TimeRemainingColumn,
     )
 
-    global _goes_on
-    _goes_on = True
+    global _stopped
+    go_on = "Run the same command again to go on."
+    _stopped = f"Stopped. {go_on}"
     console = Console(stderr=True, quiet=launch.rank() > 0)
     bars = Progress(
         TextColumn("{task.description:>10}"),
@@ -513,7 +513,7 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         console=console,
     )
     tasks: dict[str, Any] = {}
-    said = -math.inf  # when the last plain line was printed
+    said, pause = -math.inf, 1  # when the last plain line was printed, and the seconds until the next
     interrupted = False
 
     def interrupt(number: int, frame: Any) -> None:
@@ -524,15 +524,16 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     def report(stage: str, done: int, total: int, word: str = "") -> None:
         if interrupted:
             raise KeyboardInterrupt  # the first one did not come through: something on the way caught it
-        nonlocal said
+        nonlocal said, pause
         new = stage not in tasks
         if new:
             tasks[stage] = bars.add_task(stage, total=total or None, word=word, rate="")
         task = bars.tasks[list(tasks).index(stage)]
+        is_end = done == total > task.completed
         speed = f"{task.speed:.1f}/s" if task.speed else ""
         bars.update(tasks[stage], completed=done, total=total or None, word=word, rate=speed)
-        if not console.is_terminal and (new or time.monotonic() - said >= PLAIN_LINE_SECONDS):
-            said = time.monotonic()
+        if not console.is_terminal and (new or is_end or time.monotonic() - said >= pause):
+            said, pause = time.monotonic(), min(2 * pause, PLAIN_LINE_SECONDS)
             count = f"{done} of {total}" if total else "…"
             console.print(f"{stage} {count}  {speed}  {word}".rstrip(), highlight=False)
 
@@ -542,6 +543,10 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     try:
         with bars:
             yield report
+    except KeyboardInterrupt as interruption:
+        if place := str(interruption):
+            _stopped = f"Stopped {place}. {go_on}"
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -24,6 +24,7 @@ from pydantic import (
 
 from uni_x.errors import RecipeError, UsageError, one_line
 from uni_x.recipe_problems import describe_problem, first_problem, location
+from uni_x.strict_yaml import load_yaml
 
 DRAW_INSTRUCTIONS = (
     "\nDraw this.",
@@ -72,7 +73,7 @@ def load_recipe(path: str | Path, schema: type[SectionType], overrides: list[str
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -116,9 +117,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"'{override}': an override has the form key=value or section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"'{override}': the value is not valid YAML") from None
+        value = load_yaml(text)
+    except yaml.YAMLError as error:
+        reason = one_line(getattr(error, "problem", None) or error)
+        raise RecipeError(f"'{override}': the value is not valid YAML ({reason})") from None
     *parents, last = key.split(".")
     node: Any = tree
     for parent in parents:
@@ -449,6 +451,12 @@ class TrainRecipe(Section):
     """Any argument of transformers' TrainingArguments; `max_steps` among them."""
     device: str = "auto"
     seed: Seed = 0
+
+    @property
+    def folders(self) -> list[str]:
+        """What is trained on, and what is held out."""
+        held_out = [] if self.validation is None else self.validation.sources
+        return [*(source.path for source in self.data.sources), *held_out]
 
     @model_validator(mode="after")
     def _keys_that_would_be_ignored(self) -> "TrainRecipe":

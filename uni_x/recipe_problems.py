@@ -35,6 +35,7 @@ _IN_WORDS = {
     "union_tag_invalid": "{discriminator} must be one of {expected_tags}",
 }
 """By pydantic's names of errors; others, such as those of our own checks, say it themselves."""
+_NOT_A_SECTION = ("model_type", "model_attributes_type")
 
 
 def first_problem(error: ValidationError) -> ErrorDetails:
@@ -65,6 +66,9 @@ def describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
         return f"unknown key '{name}'{hint}"
     if problem["type"] == "missing":
         return f"the key '{name}' is missing"
+    if problem["type"] in _NOT_A_SECTION:
+        inside = dict.fromkeys(_keys_beside(schema, (*problem["loc"], "any of its keys")))
+        return f"{name}: {in_words(problem)}; its keys are {', '.join(inside)}"
     return f"{name}: {in_words(problem)}" if name else _what_is_wrong(problem)
 
 

@@ -151,6 +151,22 @@ class RunFolder:
             )
 
 
+def refuse_to_overwrite(folder: Path, own: str | None = None) -> None:
+    """Raises `RunError` where a folder that is to be written holds something, or is a file.
+
+    A folder with a file or folder called `own` was begun by the same command, which goes on there. What another process
+    has only just begun, or a killed one has left, counts for nothing.
+    """
+    with writing_into(folder):
+        if folder.is_file():
+            raise RunError(f"{folder}: is a file; choose a folder")
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        others = [name for name in names if name != LOCK and not _PARTIAL.fullmatch(name)]
+        # asked last: while the names were read, another process may have begun
+        if others and (own is None or not (folder / own).exists()):
+            raise RunError(f"{folder}: holds other things, such as {others[0]}; choose a new or an empty folder")
+
+
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
     """Turns what the system says of a folder that cannot be written, or of a full disk, into a `RunError`."""

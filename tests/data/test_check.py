@@ -515,6 +515,10 @@ def test_another_image_tokenizer_is_told_in_one_line_without_what_follows_from_i
     (checked,) = check_folders([encoded], str(tmp_path / "other"))
     message = "encoded with another image tokenizer; check against that one, or encode again with this one"
     assert (checked.ok, checked.lines[1:]) == (False, (f"  error: {message}",))
+    manifest = encoded / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "image_tokenizer": "/theirs"}))
+    (checked,) = check_folders([encoded], str(tmp_path / "other"))
+    assert checked.lines[1] == f"  error: {message.replace('that one', 'that one (/theirs)')}"
 
 
 def test_folders_of_different_image_tokenizers_are_told_apart(encoded, tmp_path, stored):

@@ -64,6 +64,7 @@ def test_a_folder_becomes_shards_rejects_and_a_manifest(picture_folder, image_to
     assert manifest["finished"]
     assert manifest["source"] == str(picture_folder)
     assert manifest["tokenizer"] == tokenizer_fingerprint(image_tokenizer)
+    assert manifest["image_tokenizer"] is None  # made in memory
     assert manifest["counts"] == {"read": 20, "written": 18, "rejected": 2}
     assert not list(out.glob(".*"))
 
@@ -206,12 +207,12 @@ def test_a_source_that_changed_in_between_is_refused(picture_folder, image_token
 
 def test_folders_of_others_are_left_alone(image_tokenizer, tmp_path):
     (tmp_path / "mine.parquet").write_bytes(b"")
-    with pytest.raises(RunError, match=r"holds Parquet files but no manifest\.json"):
+    with pytest.raises(RunError, match=r"holds other things, such as mine\.parquet; choose a new or an empty folder"):
         encode([], image_tokenizer, tmp_path, source="rows")
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(RunError, match=r"manifest\.json: not a manifest"):
         encode([], image_tokenizer, tmp_path, source="rows")
-    with pytest.raises(RunError, match=r"mine\.parquet: cannot be written"):
+    with pytest.raises(RunError, match=r"mine\.parquet: is a file; choose a folder"):
         encode([], image_tokenizer, tmp_path / "mine.parquet", source="rows")
 
 

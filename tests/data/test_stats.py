@@ -354,15 +354,22 @@ def test_a_recipe_with_a_base_takes_its_tokenizer_and_its_own_rendering(mixed, r
 
 
 def test_codes_of_another_image_tokenizer_are_refused_as_in_training(
-    mixed, recipe, small_model, image_tokenizer_folder
+    mixed, recipe, small_model, image_tokenizer_folder, encoded_folder, samples
 ):
     (mixed / "manifest.json").write_text(json.dumps({"finished": True, "tokenizer": "0" * 64}))
-    for path in (
-        recipe([(mixed, 1)], model={"base": str(small_model)}),
-        recipe([(mixed, 1)], image_tokenizer=image_tokenizer_folder),
-    ):
-        with pytest.raises(DataError, match="encoded: was encoded with another image tokenizer than that of"):
-            list(describe_data(path))
+    other = encoded_folder(samples, "other")
+    base = {"model": {"base": str(small_model)}}
+
+    def check(image_tokenizer, path, model=None):
+        message = f"encoded: was encoded with another image tokenizer than {image_tokenizer}; encode it with this one"
+        with pytest.raises(DataError, match=message):
+            list(describe_data(path, model))
+
+    check(image_tokenizer_folder, recipe([(mixed, 1)], image_tokenizer=image_tokenizer_folder))
+    of_model = f"{small_model}/image_tokenizer"
+    check(of_model, recipe([(mixed, 1)], **base))
+    check(of_model, recipe([(other, 1)], validation={"sources": [str(mixed)]}, **base))
+    check(of_model, mixed, small_model)
 
 
 def test_a_recipe_without_packing_or_splitting_is_forecast_so(texts, recipe, small_model):

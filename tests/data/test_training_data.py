@@ -192,15 +192,25 @@ def test_samples_that_a_template_refuses_are_left_out_and_counted(encoded_folder
     assert "left out: sample '3', messages: the template refuses them (no system)" in caplog.text
     renderer = make_renderer(template=template)
     assert len(held_out_batches([folder], renderer, Collator(10_000, 0), 64, 1, samples=40, packing=False)) == 39
+    refused = encoded_folder([Sample("3", messages=odd)], "odd")
     with pytest.raises(DataError, match="none of the first 512 samples can be rendered"):
-        make_stream(
-            [Source(encoded_folder([Sample("3", messages=odd)], "odd"))], renderer=make_renderer(template=template)
-        )
+        make_stream([Source(refused)], renderer=renderer)
+    for folders, length, message in (
+        ([refused], 64, "odd: no held-out sample can be rendered"),
+        ([folder], 3, r"said: no held-out sample fits into the 3 tokens of data\.max_length; the shortest needs \d"),
+    ):
+        with pytest.raises(DataError, match=message):
+            held_out_batches(folders, renderer, Collator(10_000, 0), length, 1, samples=40)
 
 
 def test_sources_that_give_nothing_are_refused(encoded_folder, make_stream, tmp_path):
-    with pytest.raises(DataError, match="max_length: 5 tokens are too few"):
+    too_few = r"data\.max_length: 5 tokens are too few for each sample that was tried; the shortest needs \d+$"
+    with pytest.raises(DataError, match=too_few) as caught:
         make_stream(max_length=5)
+    shortest = int(str(caught.value).split()[-1])
+    assert make_stream(max_length=shortest).forecast.rows
+    with pytest.raises(DataError, match=f"the shortest needs {shortest}"):
+        make_stream(max_length=shortest - 1)
     with pytest.raises(DataError, match="at least one source"):
         make_stream([Source(tmp_path, 0.0)])
     with pytest.raises(DataError, match="no such file or folder"):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -81,6 +83,10 @@ def test_a_run_leaves_its_recipe_tokenizer_figures_and_a_picture(finished):
     assert names == {".lock", "log.txt", "recipe.yaml", "tokenizer", "results.json", "reconstructions.png"}
     assert check_recipe(yaml.safe_load((finished.folder / "recipe.yaml").read_text()), TokenizerRecipe, "") == recipe()
     assert json.loads((finished.folder / "results.json").read_text()) == finished.results
+    log = (finished.folder / "log.txt").read_text()
+    assert re.findall(r"step (\d+) of 100: loss 0\.\d{4}\n", log) == [str(step) for step in range(5, 101, 5)]
+    quality = finished.results["quality"]
+    assert f"PSNR {quality['psnr_db']} dB, SSIM {quality['ssim']}, codes used 10\n" in log
     with Image.open(finished.folder / "reconstructions.png") as sheet:
         assert sheet.width == 8 * 36 + 4
 
@@ -142,7 +148,8 @@ def test_another_recipe_does_not_take_over_a_run(finished, pictures):
         train_tokenizer(recipe(seed=1), pictures, finished.folder)
 
 
-def test_a_broken_checkpoint_is_one_error(pictures, tmp_path):
+def test_a_broken_checkpoint_is_one_error(finished, pictures, tmp_path):
+    shutil.copy(finished.folder / "recipe.yaml", tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(RunError, match=r"checkpoint\.pt: not a readable checkpoint"):
         train_tokenizer(recipe(), pictures, tmp_path)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from uni_x.data.text_tokenizer import tokenize, train_text_tokenizer
 from uni_x.errors import ProcessError, RunError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import PatchNetwork, TokenizerConfig
+from uni_x.runs import refuse_to_overwrite
 from uni_x.workflows.sources import describe_encoded, encode_source
 
 
@@ -132,6 +134,52 @@ def test_codes_inside_the_folder_of_pictures_are_none_of_it(uni_x, tokenizer, tm
     assert (code, said.startswith("This folder is finished already")) == (0, True)
     code, _, err = uni_x(*command[:-1], source)
     assert (code, err) == (1, f"error: {source}: --out is the folder of the source itself; choose another\n")
+
+
+def test_nothing_is_written_among_other_things(uni_x, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "source: scenes\npictures: 8\neval_pictures: 2\ntraining: {steps: 2, continuous_steps: 1, batch_size: 2}\n"
+        "tokenizer: {resolution: 32, codebook_size: 4, network: {kind: patch, patch_size: 16, embed_dim: 4}}\n"
+    )
+    (texts := tmp_path / "texts.jsonl").write_text('{"text": "Hearts are red."}\n')
+    commands = {
+        "rows": ("encode", texts, "--image-tokenizer", "scenes"),
+        "scenes": ("encode", "scenes", "--limit", "1"),
+        "tokenizer": ("tokenizer", "train", recipe),
+    }
+    (documents := tmp_path / "documents").mkdir()
+    (documents / "letter.txt").touch()
+    for name, command in commands.items():
+        code, _, err = uni_x(*command, "--out", documents)
+        mend = "such as letter.txt; choose a new or an empty folder"
+        assert (code, err) == (1, f"error: {documents}: holds other things, {mend}\n")
+        assert list(documents.iterdir()) == [documents / "letter.txt"]
+        (out := tmp_path / name).mkdir()
+        assert uni_x(*command, "--out", out)[0] == 0
+        (out / "letter.txt").touch()
+        code, said, err = uni_x(*command, "--out", out)
+        assert (code, "finished already" in said) == (0, True), err
+    for name, command in commands.items():
+        for output in commands.keys() - {name}:
+            code, _, err = uni_x(*command, "--out", tmp_path / output)
+            assert (code, err.startswith(f"error: {tmp_path / output}: holds other things")) == (1, True), err
+
+
+def test_another_process_may_begin_while_a_folder_is_looked_at(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+    refuse_to_overwrite(tmp_path)
+    (tmp_path / "part-00000-00000.parquet").touch()
+    with pytest.raises(RunError, match=r"holds other things, such as part-00000-00000\.parquet"):
+        refuse_to_overwrite(tmp_path, "manifest.json")
+    names = list(tmp_path.iterdir())
+
+    def read_names(folder):
+        (folder / "manifest.json").touch()
+        return iter(names)
+
+    monkeypatch.setattr(Path, "iterdir", read_names)
+    refuse_to_overwrite(tmp_path, "manifest.json")
 
 
 def test_a_folder_goes_on_with_the_same_options_alone(tokenizer, tmp_path):

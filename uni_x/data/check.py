@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from uni_x.data.encode import read_record
+from uni_x.data.encode import read_record, tokenizer_in_brackets
 from uni_x.data.overlap import BenchmarkTexts
 from uni_x.data.rejects import REJECTS
 from uni_x.data.schema import CodeGrid, Message, Sample, check_sample
@@ -136,7 +136,7 @@ class FolderChecks:
         faults = _Faults(self._limit)
         manifest = _read_manifest(folder, faults)
         before = sum(samples.count for samples in self._checked)
-        samples = _Samples(faults, _expected_codes(manifest, self._codes, faults), self._benchmarks, before)
+        samples = _Samples(faults, _expected_codes(folder, manifest, self._codes, faults), self._benchmarks, before)
         for path in paths:
             samples.go_through(path)
         samples.report_repeats()
@@ -338,7 +338,7 @@ def _read_manifest(folder: Path, faults: _Faults) -> dict[str, Any] | None:
     return manifest
 
 
-def _expected_codes(manifest: dict[str, Any] | None, wanted: Codes | None, faults: _Faults) -> Codes:
+def _expected_codes(folder: Path, manifest: dict[str, Any] | None, wanted: Codes | None, faults: _Faults) -> Codes:
     """What images are held against: what is wanted, or what the manifest tells where it tells of something else."""
     size, fingerprint = ((manifest or {}).get(key) for key in ("codebook_size", "tokenizer"))
     stated = Codes(size if isinstance(size, int) else ANY_CODEBOOK)
@@ -346,7 +346,9 @@ def _expected_codes(manifest: dict[str, Any] | None, wanted: Codes | None, fault
         return stated
     if None in (wanted.fingerprint, fingerprint) or wanted.fingerprint == fingerprint:
         return wanted
-    faults.add("tokenizer", Example("check against that one, or encode again with this one"))
+    faults.add(
+        "tokenizer", Example(f"check against that one{tokenizer_in_brackets(folder)}, or encode again with this one")
+    )
     return stated
 
 

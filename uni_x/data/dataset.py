@@ -318,7 +318,10 @@ class TrainingStream(IterableDataset[Batch]):
             why = next(iter(refused.values()))
             raise DataError(f"none of the first {len(samples)} samples can be rendered; the first: {why}")
         if not packed.rows:
-            raise DataError(f"max_length: {self._max_length} tokens are too few for each sample that was tried")
+            raise DataError(
+                f"data.max_length: {self._max_length} tokens are too few for each sample that was tried; the shortest "
+                f"needs {_shortest(sequences)}"
+            )
         wanted = min(max(_BLOCK_TOKENS // self._max_length, 1), _MOST_ROWS)
         rows = packed.tokens / self._max_length if self._packing else packed.rows
         return max(1, round(wanted * len(sequences) / rows)), packed
@@ -342,10 +345,19 @@ def held_out_batches(
     codebook_size = renderer.vocabulary.image_codebook_size
     chosen = [sample for folder in folders for sample in islice(iterate_samples(folder, codebook_size), samples)]
     sequences = [sequence for sequence in renderer.try_all(chosen, rng) if isinstance(sequence, Rendered)]
+    if not sequences:
+        raise DataError(f"{', '.join(map(str, folders))}: no held-out sample can be rendered")
     rows, _ = pack(sequences, max_length, join=packing)
     if not rows:
-        raise DataError(f"{', '.join(map(str, folders))}: no held-out sample fits into {max_length} tokens")
+        raise DataError(
+            f"{', '.join(map(str, folders))}: no held-out sample fits into the {max_length} tokens of data.max_length; "
+            f"the shortest needs {_shortest(sequences)}"
+        )
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _shortest(sequences: Sequence[Rendered]) -> int:
+    return min(len(sequence.input_ids) for sequence in sequences)
 
 
 def _folders_of_tokens(rows: Sequence[PackedRow]) -> np.ndarray:

@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 
 from uni_x.data.inventory import Inventory
 from uni_x.data.prepare import Filters, Pixels, Prepared, map_ahead, prepare
+from uni_x.data.readers.parts import to_unicode
 from uni_x.data.ready_ids import TextOfIds
 from uni_x.data.rejects import write_rejects
 from uni_x.data.schema import CodeGrid, Load, Part, Rejection, Sample
 from uni_x.data.shards import MANIFEST, check_name, codes_dtype, read_manifest, shard_to_bytes
 from uni_x.errors import ProcessError, RunError
-from uni_x.runs import remove_leftovers, write_atomically, writing_into
+from uni_x.runs import refuse_to_overwrite, remove_leftovers, write_atomically, writing_into
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 PREPARING_THREADS = 4
 _FORMAT = 2
 _RECORD_KEY = b"uni_x.shard"
+_NOT_COMPARED = ("inventory", "image_tokenizer")  # as they are; a tokenizer may have been moved
 _PARTS_A_PROCESS = 4  # where there are as many, a process takes whole parts, and reads no other
 
 
@@ -108,15 +110,16 @@ def encode(
         share: which of several processes this is.
         progress: called with this process's totals so far after each batch and each shard that was there already.
 
-    On finished work it returns at once. Raises `RunError` where the folder was made with other tokenizers, another
-    source, filter or shard size, where the source's files or rows have changed since, and where the folder cannot be
-    written.
+    On finished work it returns at once. Raises `RunError` where the folder holds other things, or was made with other
+    tokenizers, another source, filter or shard size, where the source's files or rows have changed since, and where the
+    folder cannot be written.
     """
     out_dir, filters, share = Path(out_dir), filters or Filters(), share or Share()
     manifest: dict[str, Any] = {
         "format": _FORMAT,
         "source": source,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "image_tokenizer": _name_of(tokenizer),
         "codebook_size": tokenizer.codebook_size,
         "shard_size": shard_size,
         "filters": asdict(filters),
@@ -149,6 +152,18 @@ def read_fingerprint(folder: str | Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
+def tokenizer_in_brackets(folder: str | Path) -> str:
+    """The image tokenizer that a folder was encoded with, as ` (its folder)`; empty where it does not say."""
+    name = (read_manifest(Path(folder) / MANIFEST) or {}).get("image_tokenizer")
+    return f" ({name})" if isinstance(name, str) else ""
+
+
+def _name_of(tokenizer: ImageTokenizer) -> str | None:
+    """The same from wherever it is named."""
+    name = tokenizer.name_or_path
+    return name if name is None or name == "scenes" else to_unicode(os.path.realpath(name))
+
+
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
@@ -161,16 +176,14 @@ def _open_folder(out_dir: Path, manifest: dict[str, Any]) -> EncodeSummary | Non
     path = out_dir / MANIFEST
     with writing_into(out_dir):
         if not path.exists():
-            # another process may have begun in this very moment
-            if out_dir.is_dir() and any(out_dir.glob("*.parquet")) and not path.exists():
-                raise RunError(f"{out_dir}: holds Parquet files but no {MANIFEST}; choose another folder")
+            refuse_to_overwrite(out_dir, MANIFEST)
             out_dir.mkdir(parents=True, exist_ok=True)
             _write_json(path, {**manifest, "finished": False})
             return None
         remove_leftovers(out_dir)
     found = read_manifest(path)
     if found is None or (found["finished"] and "counts" not in found):
-        raise RunError(f"{path}: not a manifest of `uni-x encode`; delete the folder or choose another")
+        raise RunError(f"{path}: not a manifest of `uni-x encode`; choose another folder")
     _check_made_alike(out_dir, found, manifest)
     return EncodeSummary(**found["counts"], finished=True, already_done=True) if found["finished"] else None
 
@@ -179,7 +192,7 @@ def _check_made_alike(out_dir: Path, found: dict[str, Any], manifest: dict[str, 
     """Raises `RunError` where an earlier run, by the manifest that was found, would have made something else."""
     mend = "choose another folder, or delete this one to encode again"
     for key, value in manifest.items():
-        if key != "inventory" and not _is_alike(key, found.get(key), value):
+        if key not in _NOT_COMPARED and not _is_alike(key, found.get(key), value):
             was, now = (_shown(key, each) for each in (found.get(key), value))
             raise RunError(f"{out_dir}: made with another {key.replace('_', ' ')} ({was}, now {now}); {mend}")
     if "inventory" in found and "inventory" in manifest:  # manifests of earlier versions have none

@@ -49,6 +49,7 @@ class ImageTokenizer:
         grid: height and width of a picture in codes.
         codebook_size: codes are 0 to `codebook_size` - 1.
         codebook: the code vectors, `(codebook_size, embed_dim)`.
+        name_or_path: the folder it was read from, or `scenes`; None where it was made in memory.
     """
 
     def __init__(self, config: Config, network: Network | None = None):
@@ -58,6 +59,7 @@ class ImageTokenizer:
         self.resolution = config.resolution
         self.grid = config.grid
         self.codebook_size = config.codebook_size
+        self.name_or_path: str | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, resolution: int | None = None) -> "ImageTokenizer":
@@ -90,7 +92,9 @@ class ImageTokenizer:
             raise DataError(f"{folder}: no image tokenizer here; needed is {CONFIG_FILE} or vqgan.yaml with vqgan.ckpt")
         else:
             raise DataError(f"{folder}: no such folder")
-        return cls(config, _network_with_weights(config, weights, weights_file))
+        tokenizer = cls(config, _network_with_weights(config, weights, weights_file))
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes `config.json` and `model.safetensors` (numbers stored as `dtype`), each whole or not at all.
@@ -219,7 +223,9 @@ def scenes_tokenizer_folder() -> Path:
 
 def load_image_tokenizer(name: str) -> ImageTokenizer:
     """A tokenizer from its folder, or the one for the scenes by the name `scenes`."""
-    return ImageTokenizer.from_pretrained(scenes_tokenizer_folder() if name == "scenes" else name)
+    tokenizer = ImageTokenizer.from_pretrained(scenes_tokenizer_folder() if name == "scenes" else name)
+    tokenizer.name_or_path = name
+    return tokenizer
 
 
 def _read_content(path: Path) -> dict[str, Any]:

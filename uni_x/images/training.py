@@ -1,10 +1,12 @@
 """Trains an image tokenizer on pictures that the caller brings, and measures it on pictures held out.
 
-A run's folder holds `recipe.yaml`, `checkpoint.pt` while it trains, and in the end `tokenizer/`, `results.json` and
-`reconstructions.png`. A stopped run goes on from its checkpoint and ends with the same weights as one that was not
-stopped, since every random draw of a step comes from the recipe's seed and the number of the step alone.
+A run's folder holds `recipe.yaml`, `log.txt`, `checkpoint.pt` while it trains, and in the end `tokenizer/`,
+`results.json` and `reconstructions.png`. A stopped run goes on from its checkpoint and ends with the same weights as
+one that was not stopped, since every random draw of a step comes from the recipe's seed and the number of the step
+alone.
 """
 
+import logging
 import math
 import os
 import pickle
@@ -23,7 +25,7 @@ from uni_x.images.pixels import Picture, comparison, preprocess
 from uni_x.images.quality import codebook_use, peak_signal_to_noise, structural_similarity
 from uni_x.images.tokenizer import ImageTokenizer
 from uni_x.recipe import TokenizerRecipe, TokenizerTraining
-from uni_x.runs import RunFolder, writing_into
+from uni_x.runs import RunFolder, refuse_to_overwrite, writing_into
 from uni_x.stopping import StopSignals
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -33,6 +35,9 @@ WARM_UP_STEPS = 20
 RESTARTS_END = 0.8  # share of the steps after which no code moves any more
 SHOWN = 16
 LOGS_BYTES = 2**20
+LOGGED = 20  # steps of a run that are told in its log
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and figures: `loss`, and `codes` used in the batch."""
@@ -55,16 +60,18 @@ def train_tokenizer(
     held_out: Sequence[Picture] | None = None,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
+    remarks: Sequence[str] = (),
 ) -> TokenizerResult:
     """Trains the tokenizer of `recipe` in `out_dir`, or goes on where a stopped run left off.
 
     `pictures` is best a sequence that makes or opens a picture when asked for it; any other iterable is read into
-    memory. Without `held_out`, `recipe.eval_pictures` of them are set aside to be measured. Ctrl-C and SIGTERM end it
-    with `KeyboardInterrupt` after the step, once a checkpoint is written; what ends it otherwise costs the steps since
-    the last one. Raises `RunError` where `out_dir` was made by another recipe, `DataError` for too few pictures or one
-    that cannot be read.
+    memory. Without `held_out`, `recipe.eval_pictures` of them are set aside to be measured. `remarks` on them go into
+    the log. Ctrl-C and SIGTERM end it with `KeyboardInterrupt` after the step, once a checkpoint is written; what ends
+    it otherwise costs the steps since the last one. Raises `RunError` where `out_dir` was made by another recipe or
+    holds other things, `DataError` for too few pictures or one that cannot be read.
     """
     folder = RunFolder(out_dir, recipe.model_dump(mode="json"))
+    refuse_to_overwrite(folder.path, folder.recipe_file.name)
     checkpoint, tokenizer_folder = folder.path / CHECKPOINT_FILE, folder.path / TOKENIZER_FOLDER
     if results := folder.read_results():
         tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).to(device)
@@ -77,7 +84,10 @@ def train_tokenizer(
         # weights and two moments, twice while a checkpoint replaces another
         folder.begin()
         folder.require(6 * sum(weight.nbytes for weight in run.network.parameters()) + LOGS_BYTES)
+        for remark in remarks:
+            logger.info(remark)
         run.resume(checkpoint)
+        logger.info("%d pictures to train on, %d to measure; %d steps are done", len(indices), len(held_out), run.step)
         with StopSignals() as signals:
             _train(run, samples, indices, checkpoint, signals, progress)
     with writing_into(folder.path):
@@ -88,6 +98,8 @@ def train_tokenizer(
         "training": {"pictures": len(indices), "steps": recipe.training.steps, "seconds": round(run.seconds, 1)},
         "seed": recipe.seed,
     }
+    quality = results["quality"]
+    logger.info("PSNR %s dB, SSIM %s, codes used %d", quality["psnr_db"], quality["ssim"], quality["codebook"]["used"])
     shown = tokenizer.preprocess(held_out[:SHOWN])
     sheet = comparison(shown, tokenizer.decode_pixels(tokenizer.encode_pixels(shown)))
     with writing_into(folder.path):
@@ -227,12 +239,16 @@ def _train(
         is_last = run.step == recipe.training.steps or signals.requested
         if is_last or run.step % recipe.training.checkpoint_every == 0:
             run.save(checkpoint)
+        if is_last or run.step % max(1, recipe.training.steps // LOGGED) == 0:
+            logger.info("step %d of %d: loss %.4f", run.step, recipe.training.steps, figures["loss"])
         if progress is not None:
             progress(run.step, recipe.training.steps, figures)
         if is_last:
             break
     if signals.requested:
-        raise KeyboardInterrupt
+        place = f"after step {run.step} of {recipe.training.steps}, which {checkpoint} holds"
+        logger.info("stopped %s", place)
+        raise KeyboardInterrupt(place)
     run.network.eval()
 
 

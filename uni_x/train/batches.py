@@ -1,14 +1,14 @@
 """What a recipe trains on: its renderer, its batches, and those held out."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from uni_x.data.collate import Collator
 from uni_x.data.dataset import Batch, Source, TrainingStream, held_out_batches, start_positions
-from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint
+from uni_x.data.encode import read_fingerprint, tokenizer_fingerprint, tokenizer_in_brackets
 from uni_x.data.render import Renderer, Vocabulary
 from uni_x.errors import DataError
 from uni_x.images import ImageTokenizer
@@ -91,16 +91,16 @@ def tell_what_is_left_out(stream: TrainingStream) -> None:
         )
 
 
-def check_codes_are_of(tokenizer: ImageTokenizer, recipe: TrainRecipe) -> None:
-    """Raises `DataError` for codes of another image tokenizer, which look like any others."""
-    ours = tokenizer_fingerprint(tokenizer)
-    for source in recipe.data.sources:
-        theirs = read_fingerprint(source.path)
+def check_codes_are_of(tokenizer: ImageTokenizer, folders: Iterable[str | Path]) -> None:
+    """Raises `DataError` for a folder with codes of another image tokenizer, which look like any others."""
+    ours, name = tokenizer_fingerprint(tokenizer), tokenizer.name_or_path
+    for folder in folders:
+        theirs = read_fingerprint(folder)
         if theirs is not None and theirs != ours:
             raise DataError(
-                f"{source.path}: was encoded with another image tokenizer than that of "
-                f"{recipe.model.base or recipe.image_tokenizer}; encode it with this one (uni-x encode "
-                "--image-tokenizer), or name that one in the recipe"
+                f"{folder}: was encoded with another image tokenizer{tokenizer_in_brackets(folder)} than {name}; "
+                f"encode it with this one (uni-x encode --image-tokenizer {name}), or name that one, or a model of it, "
+                "in place of this one"
             )
 
 

@@ -118,7 +118,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     set_seed(recipe.seed)
     start = make_start(recipe, arguments)
     renderer = make_renderer(recipe, start)
-    check_codes_are_of(start.image_tokenizer, recipe)
+    check_codes_are_of(start.image_tokenizer, recipe.folders)
     checkpoint = last_whole_checkpoint(run.path / "checkpoints")
     standing = None if checkpoint is None else read_standing(checkpoint.path)
     stream = make_stream(recipe, arguments, renderer, standing)

@@ -23,6 +23,8 @@ from uni_x.model_folder import (
     saving_whole,
 )
 from uni_x.recipe import RenderOptions
+from uni_x.runs import refuse_to_overwrite
+from uni_x.strict_yaml import load_yaml
 
 REFERENCE, BASE = "reference", "base"
 
@@ -57,7 +59,7 @@ def init(
         UniXError: for what is not there or does not fit, and a folder that holds something already.
     """
     chosen = _read_plan(plan)
-    _refuse_to_overwrite(out)
+    refuse_to_overwrite(out)
     tokenizer = load_image_tokenizer(image_tokenizer)
     source = load_base(base, None if dtype is None else getattr(torch, dtype))
     folder = extend(source, tokenizer, chosen, new_rows, init_vision_with_text, seed, separator)
@@ -90,7 +92,7 @@ def convert(
     """
     if (read_from is None) == (write_to is None):
         raise UsageError(f"say either --from {REFERENCE} or --to {BASE}")
-    _refuse_to_overwrite(destination)
+    refuse_to_overwrite(destination)
     if write_to is not None:
         model = load_model(source)
         with saving_whole(destination) as partial:
@@ -153,18 +155,13 @@ def _read_plan(plan: str) -> dict[str, Any]:
         preset, arguments = read_preset(plan)
         return {"preset": preset, "preset_arguments": arguments}
     try:
-        tree = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
+        tree = load_yaml(Path(plan).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{plan}: cannot be read ({one_line(error)})") from None
     entries = tree.get("plan") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{plan}: a plan is a list of mappings, by itself or under the key 'plan'")
     return {"plan": entries}
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise DataError(f"{folder}: is there already; choose another folder, or delete this one")
 
 
 def _has_text_tokenizer(folder: Path) -> bool:

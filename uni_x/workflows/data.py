@@ -151,11 +151,14 @@ def _plan(path: Path, model: Path | None, overrides: Sequence[str]) -> _Plan:
         raise UsageError(f"--model is missing: whose tokenizer and rendering shall {path} be counted with?")
     from uni_x.data.render import Renderer, Vocabulary
     from uni_x.model_folder import load_tokenizers, read_model_config
+    from uni_x.train.batches import check_codes_are_of
 
     config = read_model_config(model)
+    text_tokenizer, image_tokenizer = load_tokenizers(model)
+    check_codes_are_of(image_tokenizer, [path])
     data = DataSection(sources=[SourceSection(path=str(path))], max_length=config.max_position_embeddings)
     options = check_recipe(config.rendering or {}, RenderOptions, f"{model / 'config.json'}, rendering")
-    return _Plan(data, Renderer(load_tokenizers(model)[0], Vocabulary.from_config(config), options))
+    return _Plan(data, Renderer(text_tokenizer, Vocabulary.from_config(config), options))
 
 
 def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
@@ -169,10 +172,10 @@ def _recipe_renderer(recipe: TrainRecipe) -> Renderer:
     if recipe.model.base is not None:
         config = read_model_config(recipe.model.base)
         text_tokenizer, image_tokenizer = load_tokenizers(recipe.model.base)
-        check_codes_are_of(image_tokenizer, recipe)
+        check_codes_are_of(image_tokenizer, recipe.folders)
     else:
         image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-        check_codes_are_of(image_tokenizer, recipe)
+        check_codes_are_of(image_tokenizer, recipe.folders)
         text_tokenizer = make_text_tokenizer(recipe, image_tokenizer.codebook_size)
         config = make_config(recipe, image_tokenizer, text_tokenizer)
     return Renderer(text_tokenizer, Vocabulary.from_config(config), recipe.data.render, recipe.data.stage)

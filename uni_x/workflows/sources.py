@@ -20,7 +20,7 @@ from uni_x.data.schema import Load, Message, Part, SourceRow
 from uni_x.errors import DataError, ProcessError
 from uni_x.images import ImageTokenizer
 from uni_x.recipe import ScenesSection
-from uni_x.runs import installed_versions
+from uni_x.runs import installed_versions, refuse_to_overwrite
 from uni_x.words import count_of
 
 SCENES, OPENMOJI = "scenes", "openmoji"
@@ -153,7 +153,11 @@ def _part(name: str, rows: Callable[[], Iterable[scenes.SourceRow]]) -> Part:
 def encode_scenes(
     amounts: ScenesSection, seed: int, out: Path, tokenizer: ImageTokenizer, progress: Progress | None = None
 ) -> EncodeSummary:
-    """Draws scenes and encodes them into the folders `drawing`, `looking` and `text` below `out`."""
+    """Draws scenes and encodes them into the folders `drawing`, `looking` and `text` below `out`.
+
+    Raises `RunError` where `out` holds other things; and what else `encode` raises.
+    """
+    refuse_to_overwrite(out, "drawing")
     kinds: dict[str, tuple[Callable[[], Iterator[scenes.SourceRow]], int]] = {
         "drawing": (
             lambda: scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)),

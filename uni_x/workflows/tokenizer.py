@@ -1,6 +1,6 @@
 """`uni-x tokenizer train`: pictures of a folder, of the scenes or of OpenMoji, to an image tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -34,13 +34,14 @@ def train_tokenizer_from(
         if progress is not None:
             progress(step, steps, f"loss {figures['loss']:.4f}")
 
-    pictures, held_out = _pictures(recipe, tell)
-    return train_tokenizer(recipe, pictures, out, held_out, report, choose_device(device))
+    pictures, held_out = _pictures(recipe)
+    remarks = list(_left_out(pictures)) if isinstance(pictures, PictureFolder) else []
+    for remark in remarks:
+        tell(remark)
+    return train_tokenizer(recipe, pictures, out, held_out, report, choose_device(device), remarks)
 
 
-def _pictures(
-    recipe: TokenizerRecipe, tell: Callable[[str], None]
-) -> tuple[Sequence[Picture], Sequence[Picture] | None]:
+def _pictures(recipe: TokenizerRecipe) -> tuple[Sequence[Picture], Sequence[Picture] | None]:
     """The pictures to train on, and those to measure where they are not taken from the others."""
     if recipe.source == SCENES:
         return scenes_to_learn_from(recipe)
@@ -49,10 +50,12 @@ def _pictures(
         return [picture.image for picture in islice(named, recipe.pictures)], None
     if not Path(recipe.source).is_dir():
         raise DataError(f"source: {recipe.source} is not a folder (or one of `{SCENES}`, `{OPENMOJI}`)")
-    folder = PictureFolder(recipe.source, recipe.pictures)
+    return PictureFolder(recipe.source, recipe.pictures), None
+
+
+def _left_out(folder: PictureFolder) -> Iterator[str]:
     for path, reason in folder.unreadable[:_TOLD]:
-        tell(f"left out: {path} ({reason})")
+        yield f"left out: {path} ({reason})"
     if more := folder.unreadable[_TOLD:]:
         kinds = sorted({path.suffix.lower() for path, _ in more})
-        tell(f"left out: {count_of(len(more), 'more picture')} that cannot be read ({', '.join(kinds)})")
-    return folder, None
+        yield f"left out: {count_of(len(more), 'more picture')} that cannot be read ({', '.join(kinds)})"

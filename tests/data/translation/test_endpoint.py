@@ -165,7 +165,10 @@ def test_nothing_listens(options, texts_file, tmp_path):
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {}, ""), "401: the key in OPENAI_API_KEY is missing or refused"),
+        (
+            (401, {}, ""),
+            r"401: the environment variable OPENAI_API_KEY is not set; put the key of this server there \(export ",
+        ),
         ((402, {}, ""), "402: the account has no credit"),
         ((404, {}, '{"error": "no model m"}'), r"404: no such address or model.*no model m"),
         ((307, {"Location": "https://b.org/v1"}, ""), "307: it has moved to https://b.org/v1"),
@@ -187,7 +190,7 @@ def test_the_key_is_sent_and_shown_nowhere(server, options, texts_file, tmp_path
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"no: ***" in written
     server.reply = lambda text: (401, {}, f"wrong key {KEY}")
-    with pytest.raises(RunError, match="MY_KEY is missing or refused") as caught:
+    with pytest.raises(RunError, match="401: the key in MY_KEY is refused") as caught:
         translate(source, tmp_path / "again.jsonl", options(key_variable="MY_KEY"))
     shown = f"{caught.value!r} {caught.value} {find_address(server.url, 'MY_KEY')!r} {capfd.readouterr()}"
     assert KEY not in shown + written.decode()
@@ -200,9 +203,9 @@ def test_the_address_comes_from_the_environment(server, options, texts_file, tmp
 
 
 def test_keys_go_only_where_nobody_listens_in(monkeypatch):
-    assert find_address().url == "https://api.openai.com/v1"
     assert find_address("http://10.0.0.7:8000/v1").key == ""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert find_address().url == "https://api.openai.com/v1"
     for url in ("http://10.0.0.7:8000/v1", "http://localhost.evil.org/v1", "http://0.0.0.0/v1"):
         with pytest.raises(UsageError, match="would send the key in the clear") as caught:
             find_address(url)
@@ -215,8 +218,10 @@ def test_keys_go_only_where_nobody_listens_in(monkeypatch):
 
 
 def test_keys_that_are_none(monkeypatch):
-    with pytest.raises(UsageError, match="MY_KEY is not set"):
+    with pytest.raises(UsageError, match=r"MY_KEY is not set; .* key of a\.org there \(export MY_KEY=…\)$"):
         find_address("https://a.org/v1", "MY_KEY")
+    with pytest.raises(UsageError, match=r"OPENAI_API_KEY is not set; .* or name a server that needs none"):
+        find_address()
     monkeypatch.setenv("MY_KEY", "schlüssel")
     with pytest.raises(UsageError, match="MY_KEY holds characters that no key has"):
         find_address("https://a.org/v1", "MY_KEY")

@@ -119,7 +119,7 @@ def test_a_broken_row_stands_as_it_stood(server, options, tmp_path, name, head, 
     [
         ("[1]\n[2]\n", "no row can be read; row 1: a JSON object is needed"),
         ('{"text": {"a": "b"}}\n', "row 1: column 'text': a mapping cannot be translated"),
-        ('{"texts": "a"}\n[1]\n', "no row has a column 'text'"),
+        ('{"id": 1, "texts": "a"}\n[1]\n{"n": 2}\n', "no row .* a column 'text'; its columns are id, texts, n$"),
     ],
 )
 def test_a_file_without_a_row_to_read_is_refused_before_sending(server, options, tmp_path, content, message):

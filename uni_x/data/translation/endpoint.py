@@ -22,7 +22,8 @@ from uni_x.errors import MissingExtraError, RunError, UsageError, one_line
 if TYPE_CHECKING:
     import httpx2
 
-DEFAULT_URL = "https://api.openai.com/v1"
+OPENAI = "api.openai.com"
+DEFAULT_URL = f"https://{OPENAI}/v1"
 URL_VARIABLE = "OPENAI_BASE_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -30,7 +31,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 3600.0  # seconds that a server may ask for
 
 _FOR_LATER = {408, 409, 425, 429}  # and 500 to 599
 _FOR_THE_USER = {
-    401: "the key in {key_variable} is missing or refused",
+    401: "the key in {key_variable} is refused",
     402: "the account has no credit left",
     404: "no such address or model; check the base URL and the model's name",
 }
@@ -101,7 +102,7 @@ def find_address(base_url: str | None = None, key_variable: str = KEY_VARIABLE) 
     """The address from `base_url` or `OPENAI_BASE_URL`, the key from the environment variable `key_variable`.
 
     Raises `UsageError` for an address that is none, one that would send the key unencrypted over a network, and a
-    variable without a key where another than `OPENAI_API_KEY` is named.
+    variable without a key where the address is OpenAI's, or another than `OPENAI_API_KEY` is named.
     """
     url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     try:
@@ -114,14 +115,19 @@ def find_address(base_url: str | None = None, key_variable: str = KEY_VARIABLE) 
     if "@" in parts.netloc:
         raise UsageError("the base URL must hold no user and password; put the key into the environment")
     key = os.environ.get(key_variable, "").strip()
-    if not key and key_variable != KEY_VARIABLE:
-        raise UsageError(f"the environment variable {key_variable} is not set; put the key of {host} there")
+    if not key and (host == OPENAI or key_variable != KEY_VARIABLE):
+        instead = ", or name a server that needs none (--base-url)" if host == OPENAI else ""
+        raise UsageError(f"{_no_key(key_variable, host)}{instead}")
     if not key.isascii() or not key.isprintable():
         raise UsageError(f"the environment variable {key_variable} holds characters that no key has")
     is_local = _is_loopback(host)
     if key and parts.scheme == "http" and not is_local:
         raise UsageError(f"{url} would send the key in the clear; use https, or unset {key_variable} if it needs none")
     return Address(url.rstrip("/"), key, key_variable, is_local)
+
+
+def _no_key(variable: str, whose: str) -> str:
+    return f"the environment variable {variable} is not set; put the key of {whose} there (export {variable}=…)"
 
 
 def _is_loopback(host: str) -> bool:
@@ -220,7 +226,10 @@ class ChatEndpoint:
         status = response.status_code
         said = self._message(content)
         if status in _FOR_THE_USER:
-            mend = _FOR_THE_USER[status].format(key_variable=self._address.key_variable)
+            variable = self._address.key_variable
+            mend = _FOR_THE_USER[status].format(key_variable=variable)
+            if status == 401 and not self._address.key:
+                mend = _no_key(variable, "this server")
             raise RunError(f"{self._address.url} answers {status}: {mend}{said}")
         if response.is_redirect:
             place = response.headers.get("location", "nowhere")

@@ -10,6 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def open_table(path: Path, columns: tuple[str, ...]) -> Table:
     if not columns:
         raise UsageError(f"{path}: which columns? name at least one with --column")
     return _KINDS[kind](path, columns)
+
+
+def json_columns(path: Path) -> list[str]:
+    """The names in the objects of a `.jsonl` file, in the order in which they come."""
+    names: dict[str, None] = {}
+    for line in _read_lines(path):
+        with suppress(DataError):
+            names |= dict.fromkeys(_parse_object(line))
+    return list(names)
 
 
 class _RowALine:

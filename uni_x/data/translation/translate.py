@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from uni_x.data.translation.endpoint import ChatEndpoint, Pace, Usage, find_address
 from uni_x.data.translation.journal import Entry, Journal, Outcome, open_journal
-from uni_x.data.translation.tables import Row, Table, open_table
+from uni_x.data.translation.tables import Row, Table, json_columns, open_table
 from uni_x.data.translation.translator import TranslateOptions, Translator, instructions, texts_to_send, too_long
 from uni_x.data.translation.values import with_texts
 from uni_x.errors import DataError, RunError, UsageError
@@ -31,6 +31,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many of the rows with something to translate are done, how many there are, and a word on it."""
 
 _FORMAT = 2
+_TOLD = 20  # columns
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,11 @@ def _survey(source: Path, table: Table, options: TranslateOptions) -> _Survey:
             found.sendable.add(row.number)
     if found.rows and found.broken == found.rows:
         raise DataError(f"{source}: no row can be read; {found.first_broken}")
-    if found.rows and missing:
-        raise DataError(f"{source}: no row has a column {sorted(missing)[0]!r}")
+    if found.rows and missing:  # of JSON lines: other tables have looked into their headers
+        there = ", ".join(json_columns(source)[:_TOLD]) or "none"
+        raise DataError(
+            f"{source}: no row that can be read has a column {sorted(missing)[0]!r}; its columns are {there}"
+        )
     return found
 
 
