@@ -22,7 +22,7 @@ from typing import IO, Any
 import yaml
 from safetensors import SafetensorError
 
-from uni_x.errors import RunError
+from uni_x.errors import DataError, RunError
 
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
@@ -43,12 +43,13 @@ class RunFolder:
 
     Raises:
         RunError: for a folder of another recipe.
+        DataError: for one that holds other things than a run.
     """
 
     def __init__(self, path: str | Path, recipe: Mapping[str, Any], may_differ: Collection[str] = ()):
         self.path = Path(path)
         self._recipe = dict(recipe)
-        self._refuse_another_recipe(may_differ)
+        self._refuse_anything_else(may_differ)
 
     def begin(self) -> None:
         """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
@@ -59,8 +60,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.path}: cannot be used as a run folder ({reason})") from None
+            raise self._unusable(error) from None
         self._keep_others_away()
         remove_leftovers(self.path)
         if not self.recipe_file.exists() or self._nothing_done():
@@ -118,7 +118,10 @@ class RunFolder:
                 why = "another process is at work here; let it end, or choose another folder"
                 raise RunError(f"{self.path}: {why}") from None
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # storage without locks
-                raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
+                raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> RunError:
+        return RunError(f"{self.path}: cannot be used as a run folder ({getattr(error, 'strerror', None) or error})")
 
     def _log_to_file(self) -> None:
         logger = logging.getLogger("uni_x")
@@ -132,12 +135,22 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
-        names = {entry.name for entry in self.path.iterdir()}
-        return names <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
+        return self._names() <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
 
-    def _refuse_another_recipe(self, may_differ: Collection[str]) -> None:
-        if not self.recipe_file.is_file() or self._nothing_done():
+    def _names(self) -> set[str]:
+        """What lies in the folder, besides what is being written; nothing where there is none."""
+        if not self.path.is_dir():
+            return set()
+        try:
+            return {entry.name for entry in self.path.iterdir() if not _PARTIAL.fullmatch(entry.name)}
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _refuse_anything_else(self, may_differ: Collection[str]) -> None:
+        if self._nothing_done():
             return
+        if not self.recipe_file.is_file():
+            refuse_to_overwrite(self.path)
         try:
             earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):
@@ -149,6 +162,12 @@ class RunFolder:
                 f"{self.path}: was made by another recipe (other {', '.join(changed[:3])}); "
                 "choose another folder, or delete this one"
             )
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises `DataError` for a folder that holds something already, and for a file."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise DataError(f"{folder}: is there already, and not empty; choose another folder, or delete this one")
 
 
 @contextmanager

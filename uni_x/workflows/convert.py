@@ -23,6 +23,7 @@ from uni_x.model_folder import (
     saving_whole,
 )
 from uni_x.recipe import RenderOptions
+from uni_x.runs import refuse_to_overwrite
 
 REFERENCE, BASE = "reference", "base"
 
@@ -57,7 +58,7 @@ def init(
         UniXError: for what is not there or does not fit, and a folder that holds something already.
     """
     chosen = _read_plan(plan)
-    _refuse_to_overwrite(out)
+    refuse_to_overwrite(out)
     tokenizer = load_image_tokenizer(image_tokenizer)
     source = load_base(base, None if dtype is None else getattr(torch, dtype))
     folder = extend(source, tokenizer, chosen, new_rows, init_vision_with_text, seed, separator)
@@ -90,7 +91,7 @@ def convert(
     """
     if (read_from is None) == (write_to is None):
         raise UsageError(f"say either --from {REFERENCE} or --to {BASE}")
-    _refuse_to_overwrite(destination)
+    refuse_to_overwrite(destination)
     if write_to is not None:
         model = load_model(source)
         with saving_whole(destination) as partial:
@@ -160,11 +161,6 @@ def _read_plan(plan: str) -> dict[str, Any]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{plan}: a plan is a list of mappings, by itself or under the key 'plan'")
     return {"plan": entries}
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise DataError(f"{folder}: is there already; choose another folder, or delete this one")
 
 
 def _has_text_tokenizer(folder: Path) -> bool:
