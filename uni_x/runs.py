@@ -49,7 +49,17 @@ class RunFolder:
     def __init__(self, path: str | Path, recipe: Mapping[str, Any], may_differ: Collection[str] = ()):
         self.path = Path(path)
         self._recipe = dict(recipe)
+        self._lock: IO[str] | None = None
         self._refuse_anything_else(may_differ)
+
+    def keep_others_away(self) -> None:
+        """Holds the lock of a folder that has one, for as long as this object is there; `begin` holds that of any.
+
+        Raises:
+            RunError: for a folder that another process is at work in.
+        """
+        if (self.path / LOCK).exists():
+            self._hold_lock()
 
     def begin(self) -> None:
         """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
@@ -61,7 +71,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
             raise self._unusable(error) from None
-        self._keep_others_away()
+        self._hold_lock()
         remove_leftovers(self.path)
         if not self.recipe_file.exists() or self._nothing_done():
             write_atomically(self.recipe_file, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
@@ -104,19 +114,26 @@ class RunFolder:
         """Writes the figures together with where they come from."""
         write_atomically(self.results_file, json.dumps({**results, "provenance": provenance()}, indent=2) + "\n")
 
-    def _keep_others_away(self) -> None:
-        """Holds a lock for as long as this object is there, however the process ends; child processes do not."""
+    def _hold_lock(self) -> None:
+        """However the process ends, its lock does too; child processes do not have it."""
         try:
             import fcntl
         except ImportError:  # not there on Windows
             return
+        if self._lock is not None:  # and to open the file again, and close it, would give the lock up
+            return
         try:
-            self._lock = (self.path / LOCK).open("a")
+            self._lock = (self.path / LOCK).open("a+")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=self._lock, flush=True)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                why = "another process is at work here; let it end, or choose another folder"
-                raise RunError(f"{self.path}: {why}") from None
+            if self._lock is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock.seek(0)
+                holder = self._lock.readline().strip() or "another process"
+                raise RunError(
+                    f"{self.path}: {holder} is at work here; let it end, end it, or choose another folder"
+                ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # storage without locks
                 raise self._unusable(error) from None
 
