@@ -103,3 +103,17 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
     assert recipe.model.z_loss == 1e-4
     with pytest.raises(RecipeError, match=r"data\.max_length is not a section"):
         load_recipe(file, TrainRecipe, ["data.max_length=32", "data.max_length.x=1"])
+
+
+def test_a_base_on_the_command_line_takes_the_place_of_the_recipes_model(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES / "scenes.yaml", TrainRecipe, ["model.z_loss=1e-4", "model.base=a/model"])
+    assert recipe.model.model_fields_set == {"base", "z_loss"}
+    assert not recipe.model_fields_set & {"image_tokenizer", "text_tokenizer"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text("{image_tokenizer: scenes, model: {base: a/model}, data: {sources: [{path: a}]}}")
+    for words, message in (
+        (["model.hidden_size=8", "model.base=a/model"], "model: base brings its own hidden_size; take it out"),
+        ([], r"image_tokenizer: model\.base brings its own; take it out \(.* gives way to model\.base=DIR"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(RECIPES / "scenes.yaml" if words else file, TrainRecipe, words)
