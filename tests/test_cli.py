@@ -562,6 +562,24 @@ def test_a_folder_that_only_holds_a_recipe_is_free(tmp_path: Path) -> None:
         RunFolder(tmp_path, {"seed": 8}).read_results()
 
 
+def test_a_folder_of_other_things_is_no_run_folder(uni_x: RunCommand, tmp_path: Path) -> None:
+    recipe, full, run = (tmp_path / name for name in ("recipe.yaml", "full", "run"))
+    recipe.write_text(RECIPE)
+    full.mkdir()
+    (full / "notes.txt").touch()
+    for words in (["train", recipe, f"run={full}"], ["quickstart", "--smoke", "--out", full]):
+        code, _, err = uni_x(*words)
+        assert (code, err.count("\n")) == (1, 1), err
+        assert f"{full}: holds other things, such as notes.txt; choose a new or an empty folder" in err
+        assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    run.mkdir()
+    (run / ".recipe.yaml.host-1.partial").touch()  # of another process, which is about to begin
+    first = RunFolder(run, {"seed": 8})
+    first.begin()
+    (run / "metrics.jsonl").touch()
+    assert RunFolder(run, {"seed": 8}).path == first.path
+
+
 def test_a_full_disk_is_named_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the disk is full"), writing_into(tmp_path):
         torch.save({"weight": torch.zeros(2**20)}, "/dev/full")

@@ -135,3 +135,17 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
 
 def test_merged_keys_may_be_given_anew() -> None:
     assert load_yaml(MERGED) == yaml.safe_load(MERGED)
+
+
+def test_a_base_on_the_command_line_takes_the_place_of_the_recipes_model(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES / "scenes.yaml", TrainRecipe, ["model.z_loss=1e-4", "model.base=a/model"])
+    assert recipe.model.model_fields_set == {"base", "z_loss"}
+    assert not recipe.model_fields_set & {"image_tokenizer", "text_tokenizer"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text("{image_tokenizer: scenes, model: {base: a/model}, data: {sources: [{path: a}]}}")
+    for words, message in (
+        (["model.hidden_size=8", "model.base=a/model"], "model: base brings its own hidden_size; take it out"),
+        ([], r"image_tokenizer: model\.base brings its own; take it out \(.* gives way to model\.base=DIR"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(RECIPES / "scenes.yaml" if words else file, TrainRecipe, words)

@@ -53,6 +53,11 @@ CHINESE_DESCRIBE_INSTRUCTIONS = (
 )
 LANGUAGES = ("english", "chinese", "both")
 
+LOSS_KEYS = ("head", "text_loss_weight", "image_loss_weight", "z_loss")
+"""Keys of a model that a base does not bring: they say how it is trained."""
+TOKENIZER_KEYS = ("image_tokenizer", "text_tokenizer")
+A_FILE_GIVES_WAY = "(what a file says of it gives way to model.base=DIR on the command line)"
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -99,7 +104,7 @@ def check_recipe(
 
     Raises `RecipeError` that names the override at fault, or else `where`, which is what the mapping comes from.
     """
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not _names_a_base(override)):
         _apply_override(tree, override)
     try:
         return schema.model_validate(tree)
@@ -130,6 +135,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise RecipeError(f"'{override}': {'.'.join(parents)} is not a section")
     node[last] = value
+    if _names_a_base(override) and value is not None:
+        _take_out_what_a_base_brings(tree)
+
+
+def _names_a_base(override: str) -> bool:
+    return override.startswith("model.base=")
+
+
+def _take_out_what_a_base_brings(tree: dict[str, Any]) -> None:
+    """A base on the command line takes the place of the model that a recipe makes, with its tokenizers."""
+    tree["model"] = {key: value for key, value in tree["model"].items() if key in ("base", *LOSS_KEYS)}
+    for key in TOKENIZER_KEYS:
+        tree.pop(key, None)
 
 
 class VQGANNetwork(Section):
@@ -328,11 +346,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _a_base_brings_its_sizes(self) -> "ModelSection":
-        losses = {"base", "head", "text_loss_weight", "image_loss_weight", "z_loss"}
-        if self.base is not None and (others := sorted(self.model_fields_set - losses)):
-            raise ValueError(
-                f"base brings its own {', '.join(others)}; take {'it' if len(others) == 1 else 'them'} out"
-            )
+        if self.base is not None and (others := sorted(self.model_fields_set - {"base", *LOSS_KEYS})):
+            they = "it" if len(others) == 1 else "them"
+            raise ValueError(f"base brings its own {', '.join(others)}; take {they} out {A_FILE_GIVES_WAY}")
         return self
 
 
@@ -383,7 +399,7 @@ class OptimizerSection(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     state_from: str | None = None
-    """The run folder of an earlier training of the same model, which kept its checkpoint: its optimizer's state."""
+    """The run folder of an earlier training of the same model, which kept its checkpoint, or the checkpoint itself."""
 
 
 class LoraSection(Section):
@@ -461,9 +477,9 @@ class TrainRecipe(Section):
     @model_validator(mode="after")
     def _keys_that_would_be_ignored(self) -> "TrainRecipe":
         if self.model.base is not None:
-            for key in ("image_tokenizer", "text_tokenizer"):
+            for key in TOKENIZER_KEYS:
                 if key in self.model_fields_set:
-                    raise ValueError(f"{key}: model.base brings its own; take it out")
+                    raise ValueError(f"{key}: model.base brings its own; take it out {A_FILE_GIVES_WAY}")
         if self.lora is not None and self.trainable != ("*",):
             raise ValueError("trainable: with lora the adapters alone are trained; take one of the two out")
         return self

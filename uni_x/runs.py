@@ -42,13 +42,23 @@ class RunFolder:
         may_differ: keys of which a run may change the value when it goes on.
 
     Raises:
-        RunError: for a folder of another recipe.
+        RunError: for a folder of another recipe, and one that holds other things than a run.
     """
 
     def __init__(self, path: str | Path, recipe: Mapping[str, Any], may_differ: Collection[str] = ()):
         self.path = Path(path)
         self._recipe = dict(recipe)
-        self._refuse_another_recipe(may_differ)
+        self._lock: IO[str] | None = None
+        self._refuse_anything_else(may_differ)
+
+    def keep_others_away(self) -> None:
+        """Holds the lock of a folder that has one, for as long as this object is there; `begin` holds that of any.
+
+        Raises:
+            RunError: for a folder that another process is at work in.
+        """
+        if (self.path / LOCK).exists():
+            self._hold_lock()
 
     def begin(self) -> None:
         """Makes the folder and puts its recipe down, once everything that can be checked beforehand is.
@@ -59,9 +69,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.path}: cannot be used as a run folder ({reason})") from None
-        self._keep_others_away()
+            raise self._unusable(error) from None
+        self._hold_lock()
         remove_leftovers(self.path)
         if not self.recipe_file.exists() or self._nothing_done():
             write_atomically(self.recipe_file, yaml.safe_dump(self._recipe, sort_keys=False, allow_unicode=True))
@@ -104,21 +113,31 @@ class RunFolder:
         """Writes the figures together with where they come from."""
         write_atomically(self.results_file, json.dumps({**results, "provenance": provenance()}, indent=2) + "\n")
 
-    def _keep_others_away(self) -> None:
-        """Holds a lock for as long as this object is there, however the process ends; child processes do not."""
+    def _hold_lock(self) -> None:
+        """However the process ends, its lock does too; child processes do not have it."""
         try:
             import fcntl
         except ImportError:  # not there on Windows
             return
+        if self._lock is not None:  # and to open the file again, and close it, would give the lock up
+            return
         try:
-            self._lock = (self.path / LOCK).open("a")
+            self._lock = (self.path / LOCK).open("a+")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=self._lock, flush=True)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                why = "another process is at work here; let it end, or choose another folder"
-                raise RunError(f"{self.path}: {why}") from None
+            if self._lock is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock.seek(0)
+                holder = self._lock.readline().strip() or "another process"
+                raise RunError(
+                    f"{self.path}: {holder} is at work here; let it end, end it, or choose another folder"
+                ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # storage without locks
-                raise RunError(f"{self.path}: cannot be used as a run folder ({error.strerror})") from None
+                raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> RunError:
+        return RunError(f"{self.path}: cannot be used as a run folder ({getattr(error, 'strerror', None) or error})")
 
     def _log_to_file(self) -> None:
         logger = logging.getLogger("uni_x")
@@ -132,12 +151,21 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
-        names = {entry.name for entry in self.path.iterdir()}
-        return names <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
+        return self._names() <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
 
-    def _refuse_another_recipe(self, may_differ: Collection[str]) -> None:
-        if not self.recipe_file.is_file() or self._nothing_done():
+    def _names(self) -> set[str]:
+        """What lies in the folder, besides what is being written; nothing where there is none."""
+        if not self.path.is_dir():
+            return set()
+        try:
+            return {entry.name for entry in self.path.iterdir() if not _PARTIAL.fullmatch(entry.name)}
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _refuse_anything_else(self, may_differ: Collection[str]) -> None:
+        if self._nothing_done():
             return
+        refuse_to_overwrite(self.path, own=self.recipe_file.name)
         try:
             earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):

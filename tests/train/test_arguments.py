@@ -49,6 +49,23 @@ def test_what_launches_cannot_do(make_recipe: Any, monkeypatch: Any, variable: s
         training_arguments(make_recipe("run"))
 
 
+def test_a_configuration_of_deepspeed_that_is_none(make_recipe: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[]")
+    for config, message in (
+        ("zero.json", f"zero.json: no such file; such a path counts from the working directory, {tmp_path}"),
+        (".", r"\.: no configuration of DeepSpeed \(.*Is a directory"),
+        ("list.json", "list.json: no configuration of DeepSpeed"),
+        ({"zero_optimization": 3}, "{'zero_optimization': 3}: no configuration of DeepSpeed"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^trainer\.deepspeed: {message}"):
+            training_arguments(make_recipe("run", deepspeed=config))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "zero.json")
+    with pytest.raises(RecipeError, match=r"deepspeed_config_file, in the configuration of accelerate: zero\.json: no"):
+        training_arguments(make_recipe("run"))
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [

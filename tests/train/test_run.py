@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,19 +117,20 @@ def test_a_checkpoint_with_other_bytes_is_told_of(make_recipe: Any, tmp_path: Pa
 
 
 def test_two_processes_cannot_train_in_one_folder(make_recipe: Any, tmp_path: Path) -> None:
+    """Not even one that could not go on, as it runs under another engine."""
+    pytest.importorskip("deepspeed")
     recipe = make_recipe("run")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     said = []
 
     def start_another(done: int, total: int, losses: dict[str, float]) -> None:
         if done == 5:
-            command = [sys.executable, "-m", "uni_x", "train", str(tmp_path / "recipe.yaml")]
+            words = ["train", str(tmp_path / "recipe.yaml"), "trainer.deepspeed={zero_optimization: {stage: 2}}"]
+            command = [sys.executable, "-m", "uni_x", *words]
             said.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
 
     assert len(train(recipe, start_another).metrics) == 9
     assert said[0].returncode == 1
-    assert (
-        said[0]
-        .stderr.splitlines()[-1]
-        .endswith("another process is at work here; let it end, or choose another folder")
-    )
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    message = f"{holder} is at work here; let it end, end it, or choose another folder"
+    assert said[0].stderr.splitlines()[-1] == f"error: {tmp_path / 'run'}: {message}"

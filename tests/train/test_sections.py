@@ -135,13 +135,14 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
         section = {"optimizer": {"name": name, "state_from": earlier.run}}
         with pytest.raises(RecipeError, match="has no state of this kind for"):
             train(make_recipe(f"to-{name}", base | section, **options))
-    with pytest.raises(RecipeError, match="has no checkpoint"):
+    with pytest.raises(RecipeError, match=r"fresh has no whole checkpoint"):
         train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))
-    # a checkpoint is a model to go on from, as a finished one is
+    with pytest.raises(RecipeError, match=r"optimizer\.state_from: absent: no such folder"):
+        train(make_recipe("none", {"optimizer": {"state_from": "absent"}}))
+    # a checkpoint is a model to go on from, as a finished one is, and has its optimizer's state
     checkpoint = f"{first.run}/checkpoints/checkpoint-9"
-    assert changed(make_recipe("again", base | {"model": {"base": checkpoint}}, **options)) == changed(
-        make_recipe("again2", base, **options)
-    )
+    from_checkpoint = {"model": {"base": checkpoint}, "optimizer": {"state_from": checkpoint}}
+    assert changed(make_recipe("again", base | from_checkpoint, **options)) == changed(taken)
 
 
 @pytest.mark.parametrize("batches", [1, 3])

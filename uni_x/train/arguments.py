@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -96,6 +97,7 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
         raise RecipeError(f"device: {device} cannot be chosen in training; set CUDA_VISIBLE_DEVICES and device=cuda")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, need not look for one
+    _check_deepspeed_file(recipe)
     if recipe.trainer.get("deepspeed"):
         launch.settle_for_one()
     settings: dict[str, Any] = {
@@ -139,6 +141,24 @@ def training_arguments(recipe: TrainRecipe) -> TrainingArguments:
     _check_engine(recipe, arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for a launcher, not for threads of one process
     return arguments
+
+
+def _check_deepspeed_file(recipe: TrainRecipe) -> None:
+    """Refuses a configuration of DeepSpeed, of the recipe or of accelerate's, that is not there or is none."""
+    where, config = "trainer.deepspeed", recipe.trainer.get("deepspeed")
+    if not config and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        where = "deepspeed_config_file, in the configuration of accelerate"
+        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if not config or config == "none":
+        return
+    try:
+        HfDeepSpeedConfig(config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(config, str) and not os.path.lexists(config):
+            raise RecipeError(
+                f"{where}: {config}: no such file; such a path counts from the working directory, {Path.cwd()}"
+            ) from None
+        raise RecipeError(f"{where}: {config}: no configuration of DeepSpeed ({one_line(error)})") from None
 
 
 def _check_saving(recipe: TrainRecipe, arguments: TrainingArguments) -> None:

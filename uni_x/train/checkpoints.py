@@ -110,15 +110,17 @@ def remove_halves(folder: Path) -> int:
 
 
 def kept_checkpoint(run: str) -> Checkpoint:
-    """The last checkpoint of a run folder whose optimizer another run takes over.
+    """The checkpoint whose optimizer another run takes over: the last one of a run folder, or one by its own folder.
 
     Raises:
-        RecipeError: for a run that has kept none.
+        RecipeError: for a folder that is not there, and a run that has kept none.
     """
-    checkpoint = last_whole_checkpoint(Path(run) / "checkpoints")
-    if checkpoint is None:
-        raise RecipeError(f"optimizer.state_from: {run} has no checkpoint; `keep_checkpoint: true` keeps the last one")
-    return checkpoint
+    checkpoint = _read_checkpoint(Path(run)) or last_whole_checkpoint(Path(run) / "checkpoints")
+    if checkpoint is not None:
+        return checkpoint
+    if not Path(run).is_dir():
+        raise RecipeError(f"optimizer.state_from: {run}: no such folder")
+    raise RecipeError(f"optimizer.state_from: {run} has no whole checkpoint; `keep_checkpoint: true` keeps the last")
 
 
 @dataclass(frozen=True)

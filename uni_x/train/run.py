@@ -112,6 +112,8 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
     run = RunFolder(recipe.run, recipe.model_dump(mode="json"), may_differ=MAY_DIFFER)
     if (run.path / "model").exists():
         return Trained(run.path / "model", read_metrics(run.path / "metrics.jsonl"), already_done=True)
+    if arguments.process_index == 0:
+        run.keep_others_away()
 
     keep_freed_memory()
     disable_progress_bar()  # of the files of a saved model

@@ -24,7 +24,7 @@ from uni_x.images import ImageTokenizer, load_image_tokenizer
 from uni_x.model import UniXConfig, UniXForCausalLM
 from uni_x.model.plan import plan_to_dicts
 from uni_x.model_folder import ModelFolder, load_model_folder
-from uni_x.recipe import ModelSection, TrainRecipe
+from uni_x.recipe import LOSS_KEYS, ModelSection, TrainRecipe
 from uni_x.train.arguments import shards_weights
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,11 @@ def _device_to_read_to(arguments: TrainingArguments | None) -> torch.device:
 
 def _training_settings(recipe: TrainRecipe, text_tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """The part of a model's configuration that says how it is trained and prompted; a template is kept in full."""
-    losses = ("head", "text_loss_weight", "image_loss_weight", "z_loss")
     rendering = recipe.data.render.model_dump(mode="json")
     if recipe.data.render.template is not None and text_tokenizer is not None:
         rendering["template"] = load_template(recipe.data.render.template, text_tokenizer)
     return {
-        **{name: getattr(recipe.model, name) for name in losses},
+        **{name: getattr(recipe.model, name) for name in LOSS_KEYS},
         "rendering": rendering,
         "image_sampling": recipe.image_sampling.model_dump(mode="json"),
     }
