@@ -342,6 +342,15 @@ def test_a_plain_llm_becomes_a_model_and_comes_back(uni_x: RunCommand, tmp_path:
         assert not (tmp_path / "new").exists()
 
     weights = load_file(made / "model.safetensors")
+    silent = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for always in (silent["model.embed_tokens.weight"], silent["model.norm.weight"], silent["lm_head.weight"][0]):
+        always.fill_(1)  # every token leads to eos, which is 0
+    save_file(silent, made / "model.safetensors", metadata={"format": "pt"})
+    picture = ("--image", tmp_path / "drawing.png")
+    for words, said in ((("red?", *picture), ""), (picture, ""), (("a red", "--text"), "a red")):
+        code, out, err = uni_x("generate", made, *words, "--device", "cpu")
+        warning = "warning: the model ended its answer at once"  # once for each call in this process
+        assert (code, out, set(err.splitlines())) == (0, f"{said}\n", {warning})
     odd = weights.pop("model.layers.1.image.mlp.up_proj.weight")
     for content, message in (
         (weights, "the checkpoint lacks model.layers.1.image.mlp.up_proj.weight (1 in all)"),

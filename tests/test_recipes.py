@@ -106,6 +106,32 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         load_recipe(file, TrainRecipe, ["data.max_length=32", "data.max_length.x=1"])
 
 
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {sources: [{path: a}, {path: b}]}\noptimizer: {betas: [0.9, 0.95]}")
+    changes = ["data.sources.1.weight=2", "data.sources.0={path: c}", "optimizer.betas.1=0.99"]
+    recipe = load_recipe(file, TrainRecipe, changes)
+    assert [(source.path, source.weight) for source in recipe.data.sources] == [("c", 1), ("b", 2)]
+    assert recipe.optimizer.betas == (0.9, 0.99)
+    for change, message in (
+        ("data.sources.2.weight=2", "data.sources has no entry 2; it has 2 places, counted from 0"),
+        ("data.sources.-1.weight=2", "data.sources has no entry -1; it has 2 places, counted from 0"),
+        ("data.sources.first.weight=2", "data.sources has no entry first; it has 2 places, counted from 0"),
+        ("optimizer.betas.2=0.99", "optimizer.betas has no entry 2; it has 2 places, counted from 0"),
+        (
+            "drawings.prompts.0=a heart",
+            "the recipe has no list drawings.prompts to change; give all of it (drawings.pr",
+        ),
+        ("data.sources.0.path.x=2", "data.sources.0.path is not a section"),
+        (
+            "data.sources.0.wieght=2",
+            "unknown key 'data.sources.0.wieght'; the nearest known key is 'data.sources.0.wei",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(f"'{change}': {message}")):
+            load_recipe(file, TrainRecipe, [change])
+
+
 MERGED = """
 sizes: &sizes {hidden_size: 8, num_hidden_layers: 2}
 named: {own: &own {<<: *sizes, hidden_size: 16}}

@@ -220,7 +220,9 @@ def data_translate(
     retries: Annotated[int, typer.Option(min=0, help="How often a text is asked for again.")] = 6,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 300,
     max_characters: Annotated[int, typer.Option(min=1, help="A row with a longer text is not sent, and fails.")] = 8000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Counts what would be sent, and sends nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Counts what is left to be sent, and sends nothing.")
+    ] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="With --dry-run: folder of a tokenizer to count with.")] = None,
 ) -> None:
     """Translates text columns of a file through an OpenAI-compatible endpoint, and goes on where it stopped.
@@ -246,7 +248,7 @@ def data_translate(
     if tokenizer is not None and not dry_run:
         raise UsageError("--tokenizer counts for --dry-run alone; leave it out, or add --dry-run")
     if dry_run:
-        for line in plan_translation(source, options, tokenizer):
+        for line in plan_translation(source, out, options, tokenizer):
             typer.echo(line)
         return
     with _progress() as progress:

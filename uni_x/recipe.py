@@ -25,6 +25,7 @@ from pydantic import (
 from uni_x.errors import RecipeError, UsageError, one_line
 from uni_x.recipe_problems import describe_problem, first_problem, location
 from uni_x.strict_yaml import load_yaml
+from uni_x.words import count_of
 
 DRAW_INSTRUCTIONS = (
     "\nDraw this.",
@@ -117,7 +118,11 @@ def check_recipe(
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Puts one `key.key=value` into a recipe's mapping; raises `UsageError` where it has another form."""
+    """Puts one `key.key=value` into a recipe's mapping, where a number is a place in a list, counted from 0.
+
+    Raises `UsageError` where it has another form, and `RecipeError` for a value that is not YAML or a place that is not
+    there.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"'{override}': an override has the form key=value or section.key=value")
@@ -128,13 +133,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"'{override}': the value is not valid YAML ({reason})") from None
     *parents, last = key.split(".")
     node: Any = tree
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-        if node is None:
-            break
-    if not isinstance(node, dict):
-        raise RecipeError(f"'{override}': {'.'.join(parents)} is not a section")
-    node[last] = value
+    for depth, parent in enumerate(parents):
+        place = _place_in(node, parent, override, ".".join(parents[:depth]))
+        node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
+    node[_place_in(node, last, override, ".".join(parents))] = value
     if _names_a_base(override) and value is not None:
         _take_out_what_a_base_brings(tree)
 
@@ -148,6 +150,21 @@ def _take_out_what_a_base_brings(tree: dict[str, Any]) -> None:
     tree["model"] = {key: value for key, value in tree["model"].items() if key in ("base", *LOSS_KEYS)}
     for key in TOKENIZER_KEYS:
         tree.pop(key, None)
+
+
+def _place_in(node: Any, name: str, override: str, path: str) -> str | int:
+    """`name` as a key of the section at `path`, or as a place in the list there."""
+    if isinstance(node, dict):
+        if name.isdecimal() and name not in node and path:
+            raise RecipeError(f"'{override}': the recipe has no list {path} to change; give all of it ({path}=[…])")
+        return name
+    if not isinstance(node, list):
+        raise RecipeError(f"'{override}': {path} is not a section")
+    if not name.isdecimal() or int(name) >= len(node):
+        raise RecipeError(
+            f"'{override}': {path} has no entry {name}; it has {count_of(len(node), 'place')}, counted from 0"
+        )
+    return int(name)
 
 
 class VQGANNetwork(Section):

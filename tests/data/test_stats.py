@@ -306,7 +306,11 @@ def test_overrides_change_the_recipe(mixed, recipe, small_model):
 def test_what_is_longer_than_a_row_is_told(texts, small_model):
     lines = list(describe_data(texts([8, 25]), small_model, 10))
     assert lines[-3:-1] == ["longer than a row of 10: 1", "  cut into several: 1 text of 25 tokens"]
-    assert lines[-1] == "packing: 4 sequences in 4 rows of 10, 1.0 in each, 82.5% full"
+    assert lines[-1] == (
+        "packing: 4 sequences in 4 rows of 10; too few to tell how full rows get in training, where samples come again"
+    )
+    lines = list(describe_data(texts([8, 25] * 3, "more"), small_model, 10))
+    assert lines[-1] == "packing: 12 sequences in 11 rows of 10, 1.1 in each, 90.0% full"
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from uni_x.data.render import Renderer
 
 _PICTURES = (".svg", ".png")
+_FEW_ROWS = 10  # of which the last ones, with what was left over, say nothing of many
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,11 @@ def _describe(found: DataStatistics, joined: bool) -> Iterator[str]:
     if not packing.rows:
         yield f"packing: no sequence fits into a row of {packing.max_length:,}"
     elif joined:
-        yield (
-            f"packing: {count_of(packing.documents, 'sequence')} in {count_of(packing.rows, 'row')} of "
-            f"{packing.max_length:,}, {packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
-        )
+        rows = f"{count_of(packing.documents, 'sequence')} in {count_of(packing.rows, 'row')} of {packing.max_length:,}"
+        if packing.rows < _FEW_ROWS:
+            yield f"packing: {rows}; too few to tell how full rows get in training, where samples come again"
+        else:
+            yield f"packing: {rows}, {packing.documents_per_row:.1f} in each, {packing.fill:.1%} full"
     else:
         yield f"packing none: {count_of(packing.rows, 'row')} of one sequence each"
 

@@ -1,5 +1,6 @@
 """`uni-x generate`: a model folder and a prompt, to files or words."""
 
+import logging
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +12,8 @@ from uni_x.generation.pipeline import UniXPipeline
 from uni_x.generation.sampling import Sampling
 from uni_x.pictures import open_picture
 from uni_x.runs import writing_into
+
+logger = logging.getLogger(__name__)
 
 
 def draw(
@@ -72,14 +75,14 @@ def answer(
     picture = _open(image)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
     grids = [tuple(pipeline.encode([picture]))]
-    return pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0]
+    return _said(pipeline.ask([question], grids, max_new_tokens, _text_sampling(temperature, seed))[0])
 
 
 def describe(model: Path, image: Path, max_new_tokens: int = 64, device: str = "auto") -> str:
     """A caption for a picture."""
     picture = _open(image)
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
-    return pipeline.describe(pipeline.encode([picture]), max_new_tokens)[0]
+    return _said(pipeline.describe(pipeline.encode([picture]), max_new_tokens)[0])
 
 
 def continue_text(
@@ -93,7 +96,14 @@ def continue_text(
     """Goes on with a text. Raises `UniXError` for one without words."""
     check_text(text, "the prompt")
     pipeline = UniXPipeline.from_pretrained(model, choose_device(device))
-    return pipeline.continue_text([text], max_new_tokens, _text_sampling(temperature, seed))[0]
+    return _said(pipeline.continue_text([text], max_new_tokens, _text_sampling(temperature, seed))[0], text)
+
+
+def _said(words: str, prompt: str = "") -> str:
+    """The words of a model, with a warning where it added none to the prompt that they begin with."""
+    if not words.removeprefix(prompt).strip():
+        logger.warning("the model ended its answer at once")
+    return words
 
 
 def _open(image: Path) -> Image.Image:

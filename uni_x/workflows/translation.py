@@ -17,12 +17,13 @@ class Translated:
     ok: bool
 
 
-def plan_translation(source: Path, options: TranslateOptions, tokenizer: Path | None = None) -> list[str]:
-    """What a translation would send, without sending it. Raises `UniXError` for a source that cannot be read."""
-    counted = plan(source, options, tokenizer)
+def plan_translation(source: Path, out: Path, options: TranslateOptions, tokenizer: Path | None = None) -> list[str]:
+    """What a translation would send, without sending it. Raises `UniXError` for files that cannot be used."""
+    counted = plan(source, out, options, tokenizer)
     how = "estimated, a token for four bytes" if counted.estimated else f"counted with {tokenizer}"
+    done = f"{counted.done} done already, " if counted.done else ""
     lines = [
-        f"{counted.rows} rows: {counted.without_text} without text to translate, {counted.too_long} too long, "
+        f"{counted.rows} rows: {done}{counted.without_text} without text to translate, {counted.too_long} too long, "
         f"{counted.broken} broken, {counted.requests} requests of {counted.characters} characters for the others",
         f"{counted.prompt_tokens} prompt tokens, about {counted.text_tokens} in the answers ({how}); nothing was sent",
     ]

@@ -58,6 +58,9 @@ def test_says_what_became_of_every_row(server, command, tmp_path):
         f"Which and why: {out}.untranslated.jsonl",
     ]
 
+    code, said, _ = finish(command(*words, "--dry-run"))
+    assert said[0].startswith("6 rows: 3 done already, 1 without text to translate, 0 too long, 1 broken, 1 requests")
+
     code, _, said = finish(command(*words[:-1], "French"))
     assert code == 1
     assert said[-1].startswith(f"error: {out}.journal.jsonl: this translation was begun with --to Chinese, and is now ")

@@ -314,11 +314,11 @@ def test_options_out_of_range(options, changes):
         options(**changes)
 
 
-def test_a_plan_counts_and_sends_nothing(server, options, texts_file):
+def test_a_plan_counts_and_sends_nothing(server, options, texts_file, tmp_path):
     source = texts_file("Hello", "12", "x" * 50, "Hello <image>")
     with source.open("a") as stream:
         stream.write("[1]\n")
-    counted = plan(source, options(max_characters=20))
+    counted = plan(source, tmp_path / "out.jsonl", options(max_characters=20))
     prompts = counted.prompt_tokens
     assert counted == TranslatePlan(
         rows=5,
@@ -333,11 +333,34 @@ def test_a_plan_counts_and_sends_nothing(server, options, texts_file):
     )
     assert prompts > 100
     assert not server.requests
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_plan_counts_what_is_left(server, options, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [["Hello"], ["One", "Bad"], ["12"], ["Paris"], ["x" * 50], ["y" * 30, "Bad"]]
+    source.write_text("".join(json.dumps({"text": texts}) + "\n" for texts in rows))
+    server.reply = lambda text: {"Bad": (400, {}, "no"), "Paris": answer("Paris")}.get(text) or into_chinese(text)
+    translate(source, out, options(max_characters=40))
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    sent = len(server.requests)
+    counted = plan(source, out, options(max_characters=40))
+    assert (counted.rows, counted.done, counted.without_text, counted.too_long, counted.requests) == (6, 2, 1, 1, 2)
+    assert (counted.characters, plan(source, out, options(max_characters=20)).too_long) == (6, 2)
+    with pytest.raises(RunError, match="was begun with --to Chinese, and is now run with --to French"):
+        plan(source, out, options(to="French"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    assert len(server.requests) == sent
+    server.reply = into_chinese
+    translate(source, out, options(max_characters=100))
+    counted = plan(source, out, options(max_characters=40))
+    assert (counted.done, counted.too_long, counted.requests, counted.prompt_tokens) == (5, 0, 0, 0)
 
 
 def test_a_plan_counts_with_a_tokenizer(options, texts_file, text_tokenizer, tmp_path):
     text_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    counted = plan(texts_file("a red heart left of a blue car", "two yellow stars"), options(), tmp_path / "tokenizer")
+    source = texts_file("a red heart left of a blue car", "two yellow stars")
+    counted = plan(source, tmp_path / "out.jsonl", options(), tmp_path / "tokenizer")
     expected = sum(
         len(text_tokenizer(text)["input_ids"]) for text in ("a red heart left of a blue car", "two yellow stars")
     )
@@ -347,15 +370,15 @@ def test_a_plan_counts_with_a_tokenizer(options, texts_file, text_tokenizer, tmp
 
 def test_tokenizers_that_cannot_be_read(options, texts_file, tmp_path):
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
-        plan(texts_file("a"), options(), tmp_path)
+        plan(texts_file("a"), tmp_path / "out.jsonl", options(), tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="the tokenizer cannot be read"):
-        plan(texts_file("a"), options(), tmp_path)
+        plan(texts_file("a"), tmp_path / "out.jsonl", options(), tmp_path)
 
 
 def test_a_plan_agrees_with_what_translating_took(server, options, texts_file, tmp_path):
     source = texts_file("Hello", "12", "x" * 50, "Bye")
-    counted = plan(source, options(max_characters=20))
+    counted = plan(source, tmp_path / "out.jsonl", options(max_characters=20))
     summary = translate(source, tmp_path / "out.jsonl", options(max_characters=20))
     assert (counted.requests, counted.rows, counted.without_text) == (summary.spent.requests, 4, summary.without_text)
     assert counted.too_long == summary.failed == 1

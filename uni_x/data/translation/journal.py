@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +62,17 @@ def open_journal(path: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
     with open(descriptor, "r+b") as stream:
         _lock(stream, path)
         yield Journal(stream, path, settings)
+
+
+@contextmanager
+def read_journal(path: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
+    """A copy of the journal at `path`, empty where there is none; other runs may write it. Raises as `open_journal`."""
+    with tempfile.TemporaryFile() as copy:
+        if path.exists():
+            with path.open("rb") as stream:
+                shutil.copyfileobj(stream, copy)
+            copy.seek(0)
+        yield Journal(copy, path, settings)
 
 
 class Journal:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from uni_x.data.translation.endpoint import ChatEndpoint, Pace, Usage, find_address
-from uni_x.data.translation.journal import Entry, Journal, Outcome, open_journal
+from uni_x.data.translation.journal import Entry, Journal, Outcome, open_journal, read_journal
 from uni_x.data.translation.tables import Row, Table, json_columns, open_table
 from uni_x.data.translation.translator import TranslateOptions, Translator, instructions, texts_to_send, too_long
 from uni_x.data.translation.values import with_texts
@@ -59,15 +59,16 @@ class TranslateSummary:
 
 @dataclass(frozen=True)
 class TranslatePlan:
-    """What translating a whole file takes if each text is asked for once.
+    """What translating a file, or going on with it, takes if each text that is left is asked for once.
 
-    Of the `rows`, those without text, too long or broken are not sent; `first_broken` says where the first broken one
-    is, and why. `characters` are those of the texts. `prompt_tokens` are those of texts and instructions, and
-    `text_tokens` those of the texts alone, about as many as the translation will have. They come from a tokenizer, or
-    are `estimated` as one token for four bytes.
+    Of the `rows`, those that earlier runs have `done`, and those without text, too long or broken are not sent;
+    `first_broken` says where the first broken one is, and why. `characters` are those of the texts. `prompt_tokens` are
+    those of texts and instructions, and `text_tokens` those of the texts alone, about as many as the translation will
+    have. They come from a tokenizer, or are `estimated` as one token for four bytes.
     """
 
     rows: int = 0
+    done: int = 0
     without_text: int = 0
     too_long: int = 0
     broken: int = 0
@@ -79,28 +80,31 @@ class TranslatePlan:
     estimated: bool = True
 
 
-def plan(source: Path, options: TranslateOptions, tokenizer: Path | None = None) -> TranslatePlan:
-    """Counts what `translate` would send; nothing is sent. `tokenizer` is a folder with a `tokenizer.json`.
+def plan(source: Path, out: Path, options: TranslateOptions, tokenizer: Path | None = None) -> TranslatePlan:
+    """Counts what `translate` would send; nothing is sent or written. `tokenizer` has a `tokenizer.json` in it.
 
-    Raises `DataError` and `UsageError` for a file that cannot be translated, and `DataError` for a tokenizer that
-    cannot be read.
+    Raises what `translate` does for source, output and journal, and `DataError` for a tokenizer that cannot be read.
     """
-    table = open_table(source, options.columns)
+    table, path = _open(source, out, options)
     survey = _survey(source, table, options)
     count = _token_counter(tokenizer)
     count_instructions = lru_cache(1024)(count)
     requests = characters = prompt_tokens = text_tokens = 0
-    for row in table.rows():
-        for _, text in texts_to_send(row) if row.number in survey.sendable else ():
-            tokens = count(text.strip())
-            requests += 1
-            characters += len(text)
-            text_tokens += tokens
-            prompt_tokens += tokens + count_instructions(instructions(options, text))
+    with read_journal(path, _settings(source, options)) as journal:
+        waiting = _waiting(survey, journal)
+        done = journal.counts[Outcome.TRANSLATED] + journal.counts[Outcome.UNCHANGED]
+        for row in table.rows():
+            for _, text in texts_to_send(row, journal.read(row.number)) if row.number in waiting else ():
+                tokens = count(text.strip())
+                requests += 1
+                characters += len(text)
+                text_tokens += tokens
+                prompt_tokens += tokens + count_instructions(instructions(options, text))
     return TranslatePlan(
         rows=survey.rows,
+        done=done,
         without_text=survey.without_text,
-        too_long=len(survey.too_long),
+        too_long=survey.rows - done - survey.without_text - survey.broken - len(waiting),
         broken=survey.broken,
         first_broken=survey.first_broken,
         requests=requests,
@@ -126,17 +130,10 @@ def translate(source: Path, out: Path, options: TranslateOptions, progress: Prog
             where the endpoint refuses key or model or is out of reach, and where the disk is full.
         MissingExtraError: httpx2 is not installed.
     """
-    table = open_table(source, options.columns)
-    if out.suffix.lower() != source.suffix.lower():
-        raise UsageError(f"{out}: the output is of the source's kind, so its name must end in {source.suffix}")
-    if out.exists() and out.samefile(source):
-        raise UsageError(f"{out}: the output would take the source's place; choose another name")
-    path = out.with_name(f"{out.name}.journal.jsonl")
-    if out.exists() and not path.exists():
-        raise RunError(f"{out}: exists already, and {path.name} is not beside it; choose another name")
+    table, path = _open(source, out, options)
     survey = _survey(source, table, options)
     with open_journal(path, _settings(source, options)) as journal:
-        waiting = {row for row in survey.sendable if journal.outcome(row) in (None, Outcome.FAILED)}
+        waiting = _waiting(survey, journal)
         if journal.finished and out.exists() and not waiting:
             return _summarize(journal, survey, already_done=True)
         if journal.output and out.exists() and journal.output != _digest(out):
@@ -149,6 +146,24 @@ def translate(source: Path, out: Path, options: TranslateOptions, progress: Prog
         _write_output(table, out, options, journal)
         journal.finish(_digest(out))
         return _summarize(journal, survey)
+
+
+def _open(source: Path, out: Path, options: TranslateOptions) -> tuple[Table, Path]:
+    """The source, and the path of the journal."""
+    table = open_table(source, options.columns)
+    if out.suffix.lower() != source.suffix.lower():
+        raise UsageError(f"{out}: the output is of the source's kind, so its name must end in {source.suffix}")
+    if out.exists() and out.samefile(source):
+        raise UsageError(f"{out}: the output would take the source's place; choose another name")
+    path = out.with_name(f"{out.name}.journal.jsonl")
+    if out.exists() and not path.exists():
+        raise RunError(f"{out}: exists already, and {path.name} is not beside it; choose another name")
+    return table, path
+
+
+def _waiting(survey: _Survey, journal: Journal) -> set[int]:
+    """The rows that are still to be sent."""
+    return {row for row in survey.sendable if journal.outcome(row) in (None, Outcome.FAILED)}
 
 
 @contextmanager

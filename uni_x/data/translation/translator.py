@@ -81,9 +81,13 @@ def too_long(row: Row, options: TranslateOptions) -> tuple[str, str] | None:
     return None
 
 
-def texts_to_send(row: Row) -> list[tuple[str, str]]:
-    """Every text of the row in which there is something to translate, with its column."""
-    return [(column, text) for column, text in _texts(row) if is_translatable(text)]
+def texts_to_send(row: Row, earlier: Entry | None = None) -> list[tuple[str, str]]:
+    """Every text of the row in which there is something to translate, with its column.
+
+    Left out are those that are translated in `earlier`, which is what came of the row in a run before.
+    """
+    done = len(earlier.texts) if earlier else 0
+    return [(column, text) for column, text in _texts(row)[done:] if is_translatable(text)]
 
 
 class _FailedError(Exception):
