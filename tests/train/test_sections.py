@@ -127,13 +127,16 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
     assert changed(fresh) != changed(taken)
     state = torch.load(Path(taken.run) / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)
     assert {int(values["step"]) for values in state["state"].values()} == {10}
-    with pytest.raises(RecipeError, match="has no state of this kind for"):
-        train(make_recipe("other", {"optimizer": {"state_from": first.run}, "model": {"num_hidden_layers": 3}}))
+    frozen = make_recipe("frozen", {"trainable": ["*", "!*norm*"], "keep_checkpoint": True}, max_steps=1)
+    train(frozen)
+    for earlier, model in ((first, {"num_hidden_layers": 3}), (frozen, {})):
+        with pytest.raises(RecipeError, match=r"no state for model\.\S+, which was not trained there .* another model"):
+            train(make_recipe("other", {"optimizer": {"state_from": earlier.run}, "model": model}))
     by_muon = make_recipe("muon", {"optimizer": {"name": "muon"}, "keep_checkpoint": True}, max_steps=1)
     train(by_muon)
     for earlier, name in ((first, "muon"), (by_muon, "adamw")):
         section = {"optimizer": {"name": name, "state_from": earlier.run}}
-        with pytest.raises(RecipeError, match="has no state of this kind for"):
+        with pytest.raises(RecipeError, match=r"has no state of this kind for \S+, but of another optimizer"):
             train(make_recipe(f"to-{name}", base | section, **options))
     with pytest.raises(RecipeError, match=r"fresh has no whole checkpoint"):
         train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))
