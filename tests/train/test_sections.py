@@ -91,10 +91,17 @@ def test_adapters_are_merged_and_resumed(make_recipe: Any) -> None:
     assert whole.read_bytes() == cut.read_bytes()
 
 
-def test_held_out_losses_are_those_of_the_model(make_recipe: Any, encoded_folder: Any, samples: Any) -> None:
-    held_out = encoded_folder(samples[:16], "held-out")
+def test_held_out_losses_are_those_of_the_model(
+    make_recipe: Any, encoded_folder: Any, samples: Any, tmp_path: Path, caplog: Any
+) -> None:
+    held_out, trained_on = encoded_folder(samples[:16], "held-out"), tmp_path / "link"
+    trained_on.symlink_to(tmp_path / "encoded")
     recipe = make_recipe("run", {"validation": {"sources": [str(held_out)], "samples": 12, "every": 4}})
     train(recipe)
+    assert "held-out data" not in caplog.text
+    train(make_recipe("other", {"validation": {"sources": [str(held_out), str(trained_on)]}}, max_steps=1))
+    assert caplog.text.count("held-out data") == 1
+    assert f"{trained_on} is trained on too" in caplog.text
     entries = read_metrics(Path(recipe.run) / "validation.jsonl")
     assert [entry["step"] for entry in entries] == [4, 8, 9]
     assert all(math.isfinite(entry[f"eval_loss_{kind}"]) for entry in entries for kind in ("text", "image"))
