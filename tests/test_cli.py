@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import RunCommand
@@ -602,6 +604,18 @@ def test_too_small_a_disk_is_named_beforehand(
     code, _, err = uni_x("quickstart", "--smoke", "--out", tmp_path / "run")
     assert (code, err.count("\n")) == (1, 1), err
     assert "the disk has 1 MB free, this run needs 300 MB" in err
+
+
+def test_warnings_that_are_not_the_users_matter_are_not_shown() -> None:
+    from uni_x import cli
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli._settle_libraries()
+        torch.nn.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,), torch.ones(4))
+        DataLoader(TensorDataset(torch.ones(2)), num_workers=10**6)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["something else"]
 
 
 def test_env_tells_versions_and_devices(uni_x: RunCommand) -> None:
