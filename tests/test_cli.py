@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import RunCommand
@@ -464,7 +466,12 @@ LONG_NAME = "n" * 300
         (RECIPE, ["trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={num_cycle: 1}"], "num_cycle"),
         (RECIPE, ["seed=5000000000"], "seed: it must be below 4294967296 (got"),
         (RECIPE, ["trainer.output_dir=x"], "trainer.output_dir: run says where everything goes"),
-        (RECIPE, ["device=tpu9"], "device 'tpu9' cannot be used here"),
+        (RECIPE, ["model.hidden_size=65"], "model.hidden_size: 65 cannot be shared by 4 heads; take a multiple of"),
+        (RECIPE, ["device=gpu"], "device 'gpu': it is one of cpu, cuda, cuda:1, mps and auto\n"),
+        (RECIPE, ["device=tpu9"], "device 'tpu9': it is one of cpu, cuda"),
+        (RECIPE, ["max_steps=5"], "'max_steps=5': unknown key 'max_steps'; it is 'trainer.max_steps'"),
+        (RECIPE, ["learning_rate=5"], "unknown key 'learning_rate'; it is 'optimizer.learning_rate'"),
+        (RECIPE, ["every=5"], "it is 'data.render.vis_sep.every' or 'validation.every' or 'drawings.every'"),
         (RECIPE, [], "absent"),
         ("run: x", [], "the key 'data' is missing"),
         (RECIPE, ["image_tokenizer=absent"], "absent"),
@@ -527,6 +534,7 @@ def test_wrong_usage_exits_with_2(
         (["tokenizer", "train", TOKENIZER_RECIPE, f"source={LONG_NAME}"], f"{LONG_NAME}: no file or folder can have"),
         (["tokenizer", "train", LONG_NAME], f"{LONG_NAME}: cannot be read (File name too long)"),
         (["quickstart", "scnes.texts=3", "--out", "run"], "unknown key 'scnes'; the nearest known key is 'scenes'"),
+        (["quickstart", "max_steps=3", "--out", "run"], "unknown key 'max_steps'; it is 'train.trainer.max_steps'"),
     ],
 )
 def test_what_is_missing_is_one_clear_line(
@@ -538,6 +546,29 @@ def test_what_is_missing_is_one_clear_line(
     assert (code, err.count("\n")) == (1, 1), err
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"checkpoints/checkpoint-9/files.json": "{}", "checkpoints/checkpoint-10/files.json": "{}"},
+            "a run that has not finished; its last checkpoint is {folder}/checkpoints/checkpoint-10",
+        ),
+        ({"checkpoints/checkpoint-9/config.json": "{}"}, "not a model folder (it has no config.json)"),
+        ({"adapter_config.json": "{}"}, "has the adapters of LoRA alone"),
+        ({"config.json": '{"model_type": "qwen2"}'}, "not a Uni-X model but qwen2; `uni-x init {folder} …` makes one"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_it_is(
+    uni_x: RunCommand, tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    code, _, err = uni_x("generate", tmp_path, "a heart")
+    assert (code, err.count("\n")) == (1, 1), err
+    assert message.format(folder=tmp_path) in err
 
 
 @pytest.mark.parametrize(
@@ -616,6 +647,18 @@ def test_too_small_a_disk_is_named_beforehand(
     code, _, err = uni_x("quickstart", "--smoke", "--out", tmp_path / "run")
     assert (code, err.count("\n")) == (1, 1), err
     assert "the disk has 1 MB free, this run needs 300 MB" in err
+
+
+def test_warnings_that_are_not_the_users_matter_are_not_shown() -> None:
+    from uni_x import cli
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli._settle_libraries()
+        torch.nn.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,), torch.ones(4))
+        DataLoader(TensorDataset(torch.ones(2)), num_workers=10**6)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["something else"]
 
 
 def test_env_tells_versions_and_devices(uni_x: RunCommand) -> None:

@@ -475,6 +475,10 @@ def _settle_libraries() -> None:
         "ignore", category=FutureWarning, module=r"torch\.distributed"
     )  # of names that DeepSpeed uses
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that PEFT uses
+    # of bfloat16 beside weights in float32, which is what autocast makes
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # the recipe says how many, for whichever machine
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
     # such a picture is refused, with the reason
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/accel")):

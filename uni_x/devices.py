@@ -7,7 +7,7 @@ import sys
 import torch
 
 from uni_x import launch
-from uni_x.errors import RunError
+from uni_x.errors import RunError, one_line
 
 # glibc's mallopt parameters; blocks above the threshold are mapped and unmapped at every use
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -19,9 +19,12 @@ def choose_device(wanted: str | None = None) -> torch.device:
     if wanted is not None and wanted != "auto":
         try:
             device = torch.device(wanted)
+        except RuntimeError:
+            raise RunError(f"device '{wanted}': it is one of cpu, cuda, cuda:1, mps and auto") from None
+        try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise RunError(f"device '{wanted}' cannot be used here: {str(error).splitlines()[0]}") from None
+            raise RunError(f"device '{wanted}' cannot be used here: {one_line(error).split('. ')[0]}") from None
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -91,17 +91,33 @@ def read_model_config(path: str | Path) -> UniXConfig:
     if (Path(path) / "model" / "config.json").is_file():
         raise DataError(f"{path}: not a model folder but that of a run; its model is {Path(path) / 'model'}")
     if not file.is_file():
-        raise DataError(f"{path}: not a model folder (it has no config.json); `uni-x train` and `uni-x init` make one")
+        raise _no_model(Path(path))
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise DataError(f"{file}: not valid JSON") from None
-    if not isinstance(tree, dict) or tree.get("model_type") != UniXConfig.model_type:
-        raise DataError(f"{file}: not a Uni-X model")
+    kind = tree.get("model_type") if isinstance(tree, dict) else None
+    if kind != UniXConfig.model_type:
+        mend = f" but {kind}; `uni-x init {path} …` makes one out of a pretrained LLM" if kind else ""
+        raise DataError(f"{file}: not a Uni-X model{mend}")
     try:
         return UniXConfig(**tree)
     except (TypeError, ValueError) as error:
         raise DataError(f"{file}: {one_line(error)}") from None
+
+
+def _no_model(path: Path) -> DataError:
+    """Says what a folder without a model is, where that is known."""
+    if (path / "adapter_config.json").is_file():
+        return DataError(
+            f"{path}: has the adapters of LoRA alone, which their run puts into its model at its end; docs/models.md "
+            "tells how to do so before"
+        )
+    sealed = [file.parent for file in path.glob("checkpoints/checkpoint-*/files.json")]
+    if sealed:
+        last = max(sealed, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
+        return DataError(f"{path}: a run that has not finished; its last checkpoint is {last}")
+    return DataError(f"{path}: not a model folder (it has no config.json); `uni-x train` and `uni-x init` make one")
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """What is wrong with a recipe, in plain words: which key, what it takes, and what stands there."""
 
 import difflib
+from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -60,6 +61,9 @@ def describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
     keys = location(problem)
     name = ".".join(keys)
     if problem["type"] == "extra_forbidden":
+        places = (_places_below(name, schema) or _places_of_the_trainer(name, schema)) if len(keys) == 1 else []
+        if places:
+            return f"unknown key '{name}'; it is {' or '.join(map(repr, places))}"
         known = _keys_beside(schema, problem["loc"])
         nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.0)
         hint = f"; the nearest known key is '{'.'.join((*keys[:-1], nearest[0]))}'" if nearest else ""
@@ -95,6 +99,29 @@ def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> li
                 step += _sections_in(candidate.model_fields[part].annotation)
         candidates = step or candidates
     return [key for candidate in candidates for key in candidate.model_fields]
+
+
+def _places_below(key: str, schema: type[BaseModel]) -> list[str]:
+    """Where a key that stands at the top is known, among the sections that are not in lists."""
+    places = []
+    for name, field in schema.model_fields.items():
+        if getattr(field.annotation, "__origin__", None) in (list, tuple):
+            continue
+        for section in _sections_in(field.annotation):
+            own = [key] if key in section.model_fields else []
+            places += [f"{name}.{place}" for place in (*own, *_places_below(key, section))]
+    return places
+
+
+def _places_of_the_trainer(key: str, schema: type[BaseModel]) -> list[str]:
+    """The same for the arguments of transformers' Trainer, which no section lists."""
+    places = ["trainer"] if "trainer" in schema.model_fields else _places_below("trainer", schema)
+    if not places:
+        return []
+    from transformers import TrainingArguments  # takes seconds
+
+    known = {field.name for field in fields(TrainingArguments)}
+    return [f"{place}.{key}" for place in places if key in known]
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

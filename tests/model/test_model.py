@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.model.conftest import CODES, MARKER, TEXT
-from uni_x.errors import InputError
+from uni_x.errors import ConfigError, InputError
 from uni_x.model import UniXCache, UniXConfig, UniXForCausalLM
 from uni_x.model.layout import build_layout
 
@@ -232,3 +232,16 @@ def test_a_configuration_that_contradicts_itself_is_refused() -> None:
         UniXConfig(vocab_size=150, image_token_offset=100, image_codebook_size=100)
     with pytest.raises(ValueError, match="image marker 100 is not a text id"):
         UniXConfig(vocab_size=150, image_token_offset=100, image_codebook_size=50, vision_start_token_id=100)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 65}, "hidden_size 65 is not a multiple of num_attention_heads 4, and there is no head_dim"),
+        ({"hidden_size": 36}, "head_dim is 9 .* rotary embeddings need an even one"),
+    ],
+)
+def test_sizes_that_heads_cannot_share_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        UniXConfig(num_attention_heads=4, **sizes)
+    assert UniXConfig(num_attention_heads=4, head_dim=8, **sizes).head_dim == 8

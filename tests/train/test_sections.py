@@ -91,10 +91,17 @@ def test_adapters_are_merged_and_resumed(make_recipe: Any) -> None:
     assert whole.read_bytes() == cut.read_bytes()
 
 
-def test_held_out_losses_are_those_of_the_model(make_recipe: Any, encoded_folder: Any, samples: Any) -> None:
-    held_out = encoded_folder(samples[:16], "held-out")
+def test_held_out_losses_are_those_of_the_model(
+    make_recipe: Any, encoded_folder: Any, samples: Any, tmp_path: Path, caplog: Any
+) -> None:
+    held_out, trained_on = encoded_folder(samples[:16], "held-out"), tmp_path / "link"
+    trained_on.symlink_to(tmp_path / "encoded")
     recipe = make_recipe("run", {"validation": {"sources": [str(held_out)], "samples": 12, "every": 4}})
     train(recipe)
+    assert "held-out data" not in caplog.text
+    train(make_recipe("other", {"validation": {"sources": [str(held_out), str(trained_on)]}}, max_steps=1))
+    assert caplog.text.count("held-out data") == 1
+    assert f"{trained_on} is trained on too" in caplog.text
     entries = read_metrics(Path(recipe.run) / "validation.jsonl")
     assert [entry["step"] for entry in entries] == [4, 8, 9]
     assert all(math.isfinite(entry[f"eval_loss_{kind}"]) for entry in entries for kind in ("text", "image"))
@@ -127,13 +134,16 @@ def test_a_second_training_takes_over_the_optimizers_state(make_recipe: Any) -> 
     assert changed(fresh) != changed(taken)
     state = torch.load(Path(taken.run) / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)
     assert {int(values["step"]) for values in state["state"].values()} == {10}
-    with pytest.raises(RecipeError, match="has no state of this kind for"):
-        train(make_recipe("other", {"optimizer": {"state_from": first.run}, "model": {"num_hidden_layers": 3}}))
+    frozen = make_recipe("frozen", {"trainable": ["*", "!*norm*"], "keep_checkpoint": True}, max_steps=1)
+    train(frozen)
+    for earlier, model in ((first, {"num_hidden_layers": 3}), (frozen, {})):
+        with pytest.raises(RecipeError, match=r"no state for model\.\S+, which was not trained there .* another model"):
+            train(make_recipe("other", {"optimizer": {"state_from": earlier.run}, "model": model}))
     by_muon = make_recipe("muon", {"optimizer": {"name": "muon"}, "keep_checkpoint": True}, max_steps=1)
     train(by_muon)
     for earlier, name in ((first, "muon"), (by_muon, "adamw")):
         section = {"optimizer": {"name": name, "state_from": earlier.run}}
-        with pytest.raises(RecipeError, match="has no state of this kind for"):
+        with pytest.raises(RecipeError, match=r"has no state of this kind for \S+, but of another optimizer"):
             train(make_recipe(f"to-{name}", base | section, **options))
     with pytest.raises(RecipeError, match=r"fresh has no whole checkpoint"):
         train(make_recipe("none", {"optimizer": {"state_from": fresh.run}}))

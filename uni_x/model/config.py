@@ -73,6 +73,11 @@ class UniXConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}, and there is no head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise ConfigError(

@@ -26,6 +26,7 @@ from uni_x.train.batches import (
     make_stream,
     names_of_folders,
     tell_what_is_left_out,
+    tell_what_is_not_held_out,
 )
 from uni_x.train.callbacks import Drawings, Metrics, StepsAsTheRecipeSays, StopOnSignal, read_metrics
 from uni_x.train.card import model_card
@@ -144,6 +145,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None) -> Trained:
         run.require(max(0, _checkpoint_bytes(model) + LOGS_BYTES - remove_halves(checkpoints)))
         save_tokenizers(start, checkpoints)
         tell_what_is_left_out(stream)
+        tell_what_is_not_held_out(recipe)
     stop = StopOnSignal()
     metrics = Metrics(run.path / "metrics.jsonl", progress)
     reporters = reporters_at(run.path, arguments, recipe.tags) if arguments.process_index == 0 else nullcontext()

@@ -83,7 +83,12 @@ def plan_fingerprint(model: UniXForCausalLM) -> str:
 
 
 def check_heads(section: ModelSection) -> None:
-    """Raises `RecipeError` for sizes whose heads cannot be rotated."""
+    """Raises `RecipeError` for sizes that heads cannot share, or whose heads cannot be rotated."""
+    if section.head_dim is None and section.hidden_size % section.num_attention_heads:
+        raise RecipeError(
+            f"model.hidden_size: {section.hidden_size} cannot be shared by {section.num_attention_heads} heads; take a "
+            "multiple of model.num_attention_heads, or say model.head_dim"
+        )
     head_dim = section.head_dim or section.hidden_size // section.num_attention_heads
     if head_dim < 2 or head_dim % 2:
         raise RecipeError(

@@ -36,20 +36,28 @@ class SavedOptimizer:
         """The state of the parameter of that name and shape.
 
         Raises:
-            RecipeError: where there is none that fits.
+            RecipeError: where there is none, or none that fits.
         """
         try:
             state = self.read(name)
         except UNREADABLE:
             state = {}
         moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.ndim}
-        if not moments or any(moment.shape not in (shape, (shape.numel(),)) for moment in moments.values()):
+        if not moments:
+            raise RecipeError(
+                f"optimizer.state_from: {self.path} has no state for {name}, which was not trained there (trainable, "
+                "lora) or is of another model; train what was trained there, or take state_from out"
+            )
+        if any(moment.shape not in (shape, (shape.numel(),)) for moment in moments.values()):
             raise self.refusal(name)
         return state | {key: moment.reshape(shape) for key, moment in moments.items()}
 
     def refusal(self, name: str) -> RecipeError:
-        """What is said where the state of a parameter is missing, or is another optimizer's."""
-        return RecipeError(f"optimizer.state_from: {self.path} has no state of this kind for {name}")
+        """What is said where the state of a parameter is another optimizer's, or has another size."""
+        return RecipeError(
+            f"optimizer.state_from: {self.path} has no state of this kind for {name}, but of another optimizer "
+            "(optimizer.name, trainer.optim) or model; take the same ones, or take state_from out"
+        )
 
 
 def open_optimizer(checkpoint: Checkpoint, arguments: TrainingArguments) -> SavedOptimizer:
