@@ -64,7 +64,7 @@ def engine_words(engine: str, folder: Path) -> list[str]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
     }
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "zero.json").write_text(json.dumps(zero))
     return [f"trainer.deepspeed={folder / 'zero.json'}"]
 
@@ -206,7 +206,7 @@ def test_a_process_tries_again_what_it_could_not_write_under_zero(recipe: Path) 
 def test_a_training_takes_over_the_optimizers_state_from_another_engine(recipe: Path) -> None:
     """One process from one, ZeRO-2 from it, ZeRO-3 from ZeRO-2, and one process from ZeRO-3 go on alike."""
     first = ["trainer.max_steps=6", "trainer.lr_scheduler_type=constant", "keep_checkpoint=true"]
-    zero = {name: engine_words(name, recipe.parent / name) for name in ("zero2", "zero3")}
+    zero = {name: engine_words(name, recipe.parent / "engines" / name) for name in ("zero2", "zero3")}
     for run, words in (("one", AS_TWO), ("zero2", zero["zero2"]), ("zero3", zero["zero3"])):
         done = finish(command(recipe, run, *words, *first, processes=2 if run in zero else 1))
         assert done.returncode == 0, done.stderr[-3000:]
