@@ -614,6 +614,7 @@ def test_a_folder_of_other_things_is_no_run_folder(uni_x: RunCommand, tmp_path: 
         assert [path.name for path in full.iterdir()] == ["notes.txt"]
     run.mkdir()
     (run / ".recipe.yaml.host-1.partial").touch()  # of another process, which is about to begin
+    (run / "slurm-17.out").touch()
     first = RunFolder(run, {"seed": 8})
     first.begin()
     (run / "metrics.jsonl").touch()

@@ -27,8 +27,9 @@ from uni_x.errors import RunError
 PACKAGES = ("uni-x", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
 
 LOCK = ".lock"
-START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints", LOCK}  # what is there before anything is done
+START_FILES = {"recipe.yaml", "log.txt", "stages.json", "checkpoints"}  # what is there before anything is done
 
+_LOGS = {".log", ".out", ".err"}
 _PARTIAL = re.compile(r"\..+-(?P<process>\d+)\.partial")
 _OTHERS_MAY_WRITE_SECONDS = 24 * 3600  # whether a process of another machine still runs cannot be seen
 
@@ -151,14 +152,8 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
-        return self._names() <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
-
-    def _names(self) -> set[str]:
-        """What lies in the folder, besides what is being written; nothing where there is none."""
-        if not self.path.is_dir():
-            return set()
         try:
-            return {entry.name for entry in self.path.iterdir() if not _PARTIAL.fullmatch(entry.name)}
+            return _things_in(self.path) <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -182,17 +177,25 @@ class RunFolder:
 def refuse_to_overwrite(folder: Path, own: str | None = None) -> None:
     """Raises `RunError` where a folder that is to be written holds something, or is a file.
 
-    A folder with a file or folder called `own` was begun by the same command, which goes on there. What another process
-    has only just begun, or a killed one has left, counts for nothing.
+    A folder with a file or folder called `own` was begun by the same command, which goes on there.
     """
     with writing_into(folder):
         if folder.is_file():
             raise RunError(f"{folder}: is a file; choose a folder")
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        others = [name for name in names if name != LOCK and not _PARTIAL.fullmatch(name)]
+        others = sorted(_things_in(folder))
         # asked last: while the names were read, another process may have begun
         if others and (own is None or not (folder / own).exists()):
             raise RunError(f"{folder}: holds other things, such as {others[0]}; choose a new or an empty folder")
+
+
+def _things_in(folder: Path) -> set[str]:
+    """Names in a folder, but for locks, what is being written, and logs that shells and schedulers keep."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return {
+        entry.name
+        for entry in entries
+        if entry.name != LOCK and entry.suffix not in _LOGS and not _PARTIAL.fullmatch(entry.name)
+    }
 
 
 @contextmanager
