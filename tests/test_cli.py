@@ -526,7 +526,7 @@ def test_wrong_usage_exits_with_2(
         (["quickstart", "train.trainer.max_grad_norm=abc", "--out", "run"], "max_grad_norm: a number is needed"),
         (["quickstart", "train.trainer.logging_steps=abc", "--out", "run"], "trainer.logging_steps: "),
         (["encode", "absent", "--out", "data", "--image-tokenizer", "none"], "none"),
-        (["quickstart", "--out", "file"], "file: cannot be used as a run folder"),
+        (["quickstart", "--out", "file"], "file: is a file; choose a folder"),
         (["quickstart", "train.model.preset=uni-y", "--out", "run"], "unknown plan 'uni-y'"),
         (["encode", LONG_NAME, "--image-tokenizer", "scenes", "--out", "data"], f"{LONG_NAME}: no file or folder can"),
         (["data", "check", LONG_NAME], f"{LONG_NAME}: no file or folder can have a name that long"),
@@ -612,6 +612,10 @@ def test_a_folder_of_other_things_is_no_run_folder(uni_x: RunCommand, tmp_path: 
         assert (code, err.count("\n")) == (1, 1), err
         assert f"{full}: holds other things, such as notes.txt; choose a new or an empty folder" in err
         assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    (full / "notes.txt").unlink()
+    (full / "checkpoints").mkdir()
+    with pytest.raises(RunError, match=r"holds other things, such as checkpoints"):
+        RunFolder(full, {"seed": 8})
     run.mkdir()
     (run / ".recipe.yaml.host-1.partial").touch()  # of another process, which is about to begin
     (run / "slurm-17.out").touch()

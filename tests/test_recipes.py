@@ -136,6 +136,7 @@ MERGED = """
 sizes: &sizes {hidden_size: 8, num_hidden_layers: 2}
 named: {own: &own {<<: *sizes, hidden_size: 16}}
 more: {<<: *own, num_hidden_layers: 3}
+both: {<<: *sizes, <<: {layers: 4}}
 """
 
 
@@ -167,6 +168,8 @@ def test_a_base_on_the_command_line_takes_the_place_of_the_recipes_model(tmp_pat
     recipe = load_recipe(RECIPES / "scenes.yaml", TrainRecipe, ["model.z_loss=1e-4", "model.base=a/model"])
     assert recipe.model.model_fields_set == {"base", "z_loss"}
     assert not recipe.model_fields_set & {"image_tokenizer", "text_tokenizer"}
+    words = ["model={z_loss: 0.1}", "model.base=a/model"]
+    assert load_recipe(RECIPES / "scenes.yaml", TrainRecipe, words).model.base == "a/model"
     file = tmp_path / "recipe.yaml"
     file.write_text("{image_tokenizer: scenes, model: {base: a/model}, data: {sources: [{path: a}]}}")
     for words, message in (

@@ -105,7 +105,9 @@ def check_recipe(
 
     Raises `RecipeError` that names the override at fault, or else `where`, which is what the mapping comes from.
     """
-    for override in sorted(overrides, key=lambda override: not _names_a_base(override)):
+    if any(map(_names_a_base, overrides)):
+        _take_out_what_a_base_brings(tree)
+    for override in overrides:
         _apply_override(tree, override)
     try:
         return schema.model_validate(tree)
@@ -137,17 +139,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         place = _place_in(node, parent, override, ".".join(parents[:depth]))
         node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
     node[_place_in(node, last, override, ".".join(parents))] = value
-    if _names_a_base(override) and value is not None:
-        _take_out_what_a_base_brings(tree)
 
 
 def _names_a_base(override: str) -> bool:
-    return override.startswith("model.base=")
+    key, _, value = override.partition("=")
+    return key == "model.base" and value.strip() not in ("", "null", "~")
 
 
 def _take_out_what_a_base_brings(tree: dict[str, Any]) -> None:
     """A base on the command line takes the place of the model that a recipe makes, with its tokenizers."""
-    tree["model"] = {key: value for key, value in tree["model"].items() if key in ("base", *LOSS_KEYS)}
+    if isinstance(section := tree.get("model"), dict):
+        tree["model"] = {key: value for key, value in section.items() if key in ("base", *LOSS_KEYS)}
     for key in TOKENIZER_KEYS:
         tree.pop(key, None)
 

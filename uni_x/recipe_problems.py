@@ -70,7 +70,7 @@ def describe_problem(problem: ErrorDetails, schema: type[BaseModel]) -> str:
         return f"unknown key '{name}'{hint}"
     if problem["type"] == "missing":
         return f"the key '{name}' is missing"
-    if problem["type"] in _NOT_A_SECTION:
+    if name and problem["type"] in _NOT_A_SECTION:
         inside = dict.fromkeys(_keys_beside(schema, (*problem["loc"], "any of its keys")))
         return f"{name}: {in_words(problem)}; its keys are {', '.join(inside)}"
     return f"{name}: {in_words(problem)}" if name else _what_is_wrong(problem)

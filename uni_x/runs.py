@@ -125,8 +125,9 @@ class RunFolder:
         try:
             self._lock = (self.path / LOCK).open("a+")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=self._lock, flush=True)
+            with suppress(OSError):  # on a full disk the lock holds all the same
+                self._lock.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", file=self._lock, flush=True)
         except OSError as error:
             if self._lock is not None and error.errno in (errno.EACCES, errno.EAGAIN):
                 self._lock.seek(0)
@@ -158,9 +159,9 @@ class RunFolder:
             raise self._unusable(error) from None
 
     def _refuse_anything_else(self, may_differ: Collection[str]) -> None:
+        refuse_to_overwrite(self.path, own=self.recipe_file.name)
         if self._nothing_done():
             return
-        refuse_to_overwrite(self.path, own=self.recipe_file.name)
         try:
             earlier = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")) or {}
         except (ValueError, yaml.YAMLError):
@@ -177,12 +178,13 @@ class RunFolder:
 def refuse_to_overwrite(folder: Path, own: str | None = None) -> None:
     """Raises `RunError` where a folder that is to be written holds something, or is a file.
 
-    A folder with a file or folder called `own` was begun by the same command, which goes on there.
+    A folder with a file or folder called `own` was begun by the same command, which goes on there; otherwise only logs
+    may lie in it. Where `own` is left out, the folder will be replaced, so that it must be empty.
     """
     with writing_into(folder):
         if folder.is_file():
             raise RunError(f"{folder}: is a file; choose a folder")
-        others = sorted(_things_in(folder))
+        others = sorted(_names_in(folder) if own is None else _things_in(folder))
         # asked last: while the names were read, another process may have begun
         if others and (own is None or not (folder / own).exists()):
             raise RunError(f"{folder}: holds other things, such as {others[0]}; choose a new or an empty folder")
@@ -190,12 +192,12 @@ def refuse_to_overwrite(folder: Path, own: str | None = None) -> None:
 
 def _things_in(folder: Path) -> set[str]:
     """Names in a folder, but for locks, what is being written, and logs that shells and schedulers keep."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return {
-        entry.name
-        for entry in entries
-        if entry.name != LOCK and entry.suffix not in _LOGS and not _PARTIAL.fullmatch(entry.name)
-    }
+    names = _names_in(folder) - {LOCK}
+    return {name for name in names if Path(name).suffix not in _LOGS and not _PARTIAL.fullmatch(name)}
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ class _StrictLoader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)  # before merge keys (<<) add what may well be there already
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
                 continue
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:

@@ -167,8 +167,10 @@ def test_nothing_is_written_among_other_things(uni_x, tmp_path):
 
 
 def test_another_process_may_begin_while_a_folder_is_looked_at(tmp_path, monkeypatch):
-    (tmp_path / ".lock").touch()
-    refuse_to_overwrite(tmp_path)
+    (tmp_path / "begin.log").touch()
+    refuse_to_overwrite(tmp_path, "manifest.json")
+    with pytest.raises(RunError, match=r"holds other things, such as begin\.log"):  # it would be replaced
+        refuse_to_overwrite(tmp_path)
     (tmp_path / "part-00000-00000.parquet").touch()
     with pytest.raises(RunError, match=r"holds other things, such as part-00000-00000\.parquet"):
         refuse_to_overwrite(tmp_path, "manifest.json")

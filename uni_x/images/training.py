@@ -25,7 +25,7 @@ from uni_x.images.pixels import Picture, comparison, preprocess
 from uni_x.images.quality import codebook_use, peak_signal_to_noise, structural_similarity
 from uni_x.images.tokenizer import ImageTokenizer
 from uni_x.recipe import TokenizerRecipe, TokenizerTraining
-from uni_x.runs import RunFolder, refuse_to_overwrite, writing_into
+from uni_x.runs import RunFolder, writing_into
 from uni_x.stopping import StopSignals
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -71,7 +71,6 @@ def train_tokenizer(
     holds other things, `DataError` for too few pictures or one that cannot be read.
     """
     folder = RunFolder(out_dir, recipe.model_dump(mode="json"))
-    refuse_to_overwrite(folder.path, folder.recipe_file.name)
     checkpoint, tokenizer_folder = folder.path / CHECKPOINT_FILE, folder.path / TOKENIZER_FOLDER
     if results := folder.read_results():
         tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder).to(device)

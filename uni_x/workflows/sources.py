@@ -157,7 +157,6 @@ def encode_scenes(
 
     Raises `RunError` where `out` holds other things; and what else `encode` raises.
     """
-    refuse_to_overwrite(out, "drawing")
     kinds: dict[str, tuple[Callable[[], Iterator[scenes.SourceRow]], int]] = {
         "drawing": (
             lambda: scenes.drawing_rows(scenes.drawing_samples(amounts.drawings, seed)),
@@ -166,6 +165,7 @@ def encode_scenes(
         "looking": (lambda: scenes.looking_rows(scenes.looking_samples(amounts.looking, seed)), amounts.looking),
         "text": (lambda: scenes.text_rows(scenes.sentences(amounts.texts, seed)), amounts.texts),
     }
+    refuse_to_overwrite(out, own=next((kind for kind in kinds if (out / kind).exists()), "drawing"))
     total = sum(count for _, count in kinds.values())
     version = installed_versions().get("uni-x")
     done = EncodeSummary()

@@ -357,6 +357,18 @@ def test_a_plan_counts_what_is_left(server, options, tmp_path):
     assert (counted.done, counted.too_long, counted.requests, counted.prompt_tokens) == (5, 0, 0, 0)
 
 
+def test_nothing_to_send_needs_no_key(options, tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("12\n")
+    assert translate(source, tmp_path / "out.txt", options(base_url=None, columns=())).without_text == 1
+
+
+def test_a_plan_beside_a_journal_that_is_none(options, texts_file, tmp_path):
+    (tmp_path / "out.jsonl.journal.jsonl").mkdir()
+    with pytest.raises(RunError, match="cannot be written"):
+        plan(texts_file("a"), tmp_path / "out.jsonl", options())
+
+
 def test_a_plan_counts_with_a_tokenizer(options, texts_file, text_tokenizer, tmp_path):
     text_tokenizer.save_pretrained(tmp_path / "tokenizer")
     source = texts_file("a red heart left of a blue car", "two yellow stars")

@@ -69,7 +69,7 @@ def read_journal(path: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
     """A copy of the journal at `path`, empty where there is none; other runs may write it. Raises as `open_journal`."""
     with tempfile.TemporaryFile() as copy:
         if path.exists():
-            with path.open("rb") as stream:
+            with writing_into(path.parent), path.open("rb") as stream:
                 shutil.copyfileobj(stream, copy)
             copy.seek(0)
         yield Journal(copy, path, settings)

@@ -24,7 +24,7 @@ from uni_x.data.translation.journal import Entry, Journal, Outcome, open_journal
 from uni_x.data.translation.tables import Row, Table, json_columns, open_table
 from uni_x.data.translation.translator import TranslateOptions, Translator, instructions, texts_to_send, too_long
 from uni_x.data.translation.values import with_texts
-from uni_x.errors import DataError, RunError, UsageError
+from uni_x.errors import DataError, RunError, UsageError, one_line
 from uni_x.runs import remove_leftovers, write_atomically
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -141,8 +141,9 @@ def translate(source: Path, out: Path, options: TranslateOptions, progress: Prog
                 f"{out}: was changed after it was written, and trying the rows that failed again would undo that; "
                 "move it away, or choose another --out"
             )
-        with _orderly_interrupts():
-            asyncio.run(_translate_rows(table, options, journal, survey.sendable, waiting, progress))
+        if waiting:
+            with _orderly_interrupts():
+                asyncio.run(_translate_rows(table, options, journal, survey.sendable, waiting, progress))
         _write_output(table, out, options, journal)
         journal.finish(_digest(out))
         return _summarize(journal, survey)
@@ -213,7 +214,7 @@ def _survey(source: Path, table: Table, options: TranslateOptions) -> _Survey:
     if found.rows and missing:  # of JSON lines: other tables have looked into their headers
         there = ", ".join(json_columns(source)[:_TOLD]) or "none"
         raise DataError(
-            f"{source}: no row that can be read has a column {sorted(missing)[0]!r}; its columns are {there}"
+            f"{source}: no row that can be read has a column {sorted(missing)[0]!r}; its columns are {one_line(there)}"
         )
     return found
 
