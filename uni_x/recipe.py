@@ -490,8 +490,12 @@ class TrainRecipe(Section):
     @property
     def folders(self) -> list[str]:
         """What is trained on, and what is held out."""
-        held_out = [] if self.validation is None else self.validation.sources
-        return [*(source.path for source in self.data.sources), *held_out]
+        return [*(source.path for source in self.data.sources), *self.held_out_folders]
+
+    @property
+    def held_out_folders(self) -> list[str]:
+        """What is validated on; none without such a section."""
+        return [] if self.validation is None else self.validation.sources
 
     @model_validator(mode="after")
     def _keys_that_would_be_ignored(self) -> "TrainRecipe":

@@ -153,10 +153,7 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether an earlier call left nothing but its recipe here, so that another recipe may have the folder."""
-        try:
-            return _things_in(self.path) <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
-        except OSError as error:
-            raise self._unusable(error) from None
+        return _things_in(self.path) <= START_FILES and not any(self.path.glob("checkpoints/checkpoint-*"))
 
     def _refuse_anything_else(self, may_differ: Collection[str]) -> None:
         refuse_to_overwrite(self.path, own=self.recipe_file.name)

@@ -80,9 +80,8 @@ def make_held_out(recipe: TrainRecipe, renderer: Renderer, batch_size: int) -> l
 
 def tell_what_is_not_held_out(recipe: TrainRecipe) -> None:
     """Warns of folders that are both trained on and validated on; samples are not compared."""
-    held_out = [] if recipe.validation is None else recipe.validation.sources
     trained_on = {Path(source.path).resolve() for source in recipe.data.sources}
-    for folder in held_out:
+    for folder in recipe.held_out_folders:
         if Path(folder).resolve() in trained_on:
             logger.warning("validation.sources: %s is trained on too; losses on it are not of held-out data", folder)
 
